@@ -1,0 +1,197 @@
+"""What a model is: frozen dataclasses, one per part, and nothing derived from a device.
+
+Every part can be switched off or exchanged here: `moe=None` is a dense model, `residual.kind` picks mHC, HC or the plain
+residual, `engram=None` is a model without memory, `mtp=None` one without multi-token prediction. Layer ids are 0-based
+block indices. The named presets live in `byrote.model.presets`, sizes and costs in `byrote.model.count`.
+"""
+
+from dataclasses import dataclass, field
+
+from byrote.errors import ConfigError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class YarnConfig:
+    """Context extension by YaRN (V3 §4.3; reference constants of the release)."""
+
+    factor: float  # new length / original length
+    original_positions: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0  # amplitude rule: 0.1·mscale·ln(factor)+1 …
+    mscale_all_dim: float = 1.0  # … divided by the same with this one; its square also scales the softmax
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeConfig:
+    theta: float = 10_000.0
+    layout: str = "interleaved"  # or "half": which channels form a pair
+    yarn: YarnConfig | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("rope.layout", self.layout, ("interleaved", "half"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MLAConfig:
+    """Multi-head latent attention (V3 §2.1.1)."""
+
+    num_heads: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None  # None: a full-rank query projection
+    rope: RopeConfig = field(default_factory=RopeConfig)
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    def __post_init__(self) -> None:
+        _require(self.qk_rope_head_dim % 2 == 0, f"attention.qk_rope_head_dim is {self.qk_rope_head_dim}; it must be even")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoEConfig:
+    """DeepSeekMoE with auxiliary-loss-free balancing (V3 §2.1.2)."""
+
+    num_experts: int
+    top_k: int
+    expert_hidden: int  # width of one routed expert
+    num_shared: int = 1  # shared experts; together they are one SwiGLU of num_shared · expert_hidden
+    score: str = "sigmoid"  # or "sqrt_softplus" (V4)
+    num_groups: int = 1  # group-limited routing: experts split into groups …
+    top_groups: int = 1  # … and only this many may be used by one token
+    normalize_gate: bool = True  # divide the chosen scores by their sum
+    route_scale: float = 1.0
+    bias_rate: float = 0.001  # γ: step of the balancing bias
+    balance_alpha: float = 0.0001  # α of the sequence-wise balance loss; 0 switches it off
+    num_dense_layers: int = 1  # leading blocks with a dense feed-forward instead
+
+    def __post_init__(self) -> None:
+        _one_of("moe.score", self.score, ("sigmoid", "sqrt_softplus"))
+        _require(1 <= self.top_k <= self.num_experts, f"moe.top_k is {self.top_k}; it must lie in 1..{self.num_experts} (num_experts)")
+        _require(self.num_experts % self.num_groups == 0, f"moe.num_groups {self.num_groups} must divide num_experts {self.num_experts}")
+        _require(1 <= self.top_groups <= self.num_groups, f"moe.top_groups is {self.top_groups}; it must lie in 1..{self.num_groups} (num_groups)")
+        reachable = self.top_groups * (self.num_experts // self.num_groups)
+        _require(self.top_k <= reachable, f"moe.top_k {self.top_k} needs more experts than top_groups leaves ({reachable})")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResidualConfig:
+    """The residual stream: mHC (arXiv 2512.24880), unconstrained HC, or plain addition."""
+
+    kind: str = "mhc"  # "mhc" | "hc" | "plain"
+    num_streams: int = 4
+    sinkhorn_iters: int = 20
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _one_of("residual.kind", self.kind, ("mhc", "hc", "plain"))
+        _require(self.num_streams >= 2 or self.kind == "plain", "residual.num_streams must be at least 2 for mhc and hc; use kind='plain' for one")
+
+    @property
+    def streams(self) -> int:
+        """Number of parallel streams R that really exist."""
+        return 1 if self.kind == "plain" else self.num_streams
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngramConfig:
+    """Conditional memory (arXiv 2601.07372): hashed n-grams → rows of a table → a gated addition to the streams."""
+
+    layers: tuple[int, ...]  # blocks that read memory, 0-based
+    rows_per_order: int | tuple[int, ...]  # table size aimed at per (order, head) and layer; primes above it are taken
+    head_dim: int  # numbers in one row
+    num_heads: int = 8  # hash heads per order
+    max_order: int = 3  # n-grams of orders 2..max_order
+    hash_layer_ids: tuple[int, ...] | None = None  # ids that seed the hash; default: `layers`
+    canonical_vocab: int | None = None  # classes of the compressed vocabulary; None: every token is its own class
+    pad_token: int = 0  # raw token whose class stands before the start of a document
+    hash_seed: int = 0
+    conv_kernel: int = 4  # 0 leaves the short convolution out (V4.1)
+    conv_dilation: int | None = None  # default: max_order
+    gate: str = "soft"  # "soft": σ(signed sqrt); "hard": 0 or 1 with a straight-through gradient
+    table_dtype: str = "float32"  # or "bfloat16"
+    table_std: float = 0.02  # initial standard deviation of a row's numbers; 0: all zero
+
+    def __post_init__(self) -> None:
+        _one_of("engram.gate", self.gate, ("soft", "hard"))
+        _one_of("engram.table_dtype", self.table_dtype, ("float32", "bfloat16"))
+        _require(self.max_order >= 2, f"engram.max_order is {self.max_order}; n-grams start at order 2")
+        _require(len(set(self.layers)) == len(self.layers) > 0, f"engram.layers must name at least one block, each once; got {self.layers}")
+        _require(
+            self.hash_layer_ids is None or len(self.hash_layer_ids) == len(self.layers),
+            f"engram.hash_layer_ids needs one id per layer: {len(self.layers)} expected, got {self.hash_layer_ids}",
+        )
+
+    @property
+    def hash_ids(self) -> tuple[int, ...]:
+        return self.layers if self.hash_layer_ids is None else self.hash_layer_ids
+
+    @property
+    def heads_per_layer(self) -> int:
+        """Rows read per token and layer."""
+        return (self.max_order - 1) * self.num_heads
+
+    @property
+    def memory_dim(self) -> int:
+        """Length of the concatenated rows of one layer (d_mem)."""
+        return self.heads_per_layer * self.head_dim
+
+    @property
+    def dilation(self) -> int:
+        return self.max_order if self.conv_dilation is None else self.conv_dilation
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MTPConfig:
+    """Multi-token prediction (V3 §2.2): `depth` extra blocks in sequence, sharing embedding and head."""
+
+    depth: int = 1
+    loss_weight: float = 0.3  # λ; a schedule in the run may change it over time
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    vocab_size: int
+    dim: int
+    num_layers: int
+    attention: MLAConfig
+    ffn_hidden: int  # width of a dense SwiGLU
+    max_positions: int = 4096
+    moe: MoEConfig | None = None
+    residual: ResidualConfig = field(default_factory=ResidualConfig)
+    engram: EngramConfig | None = None
+    mtp: MTPConfig | None = None
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+    swiglu_limit: float | None = None  # V4: gate clipped from above, linear part from both sides
+    pad_token: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "dim", "num_layers", "ffn_hidden", "max_positions"):
+            _require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
+        if self.engram is not None:
+            outside = [layer for layer in self.engram.layers if not 0 <= layer < self.num_layers]
+            _require(not outside, f"engram.layers names block {outside}; the model has blocks 0..{self.num_layers - 1}")
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether block `layer` has experts (MTP blocks count on from num_layers and follow the same rule)."""
+        return self.moe is not None and layer >= self.moe.num_dense_layers
+
+    def engram_slot(self, layer: int) -> int | None:
+        """Index of block `layer` among the memory layers, or None."""
+        if self.engram is None or layer not in self.engram.layers:
+            return None
+        return self.engram.layers.index(layer)

@@ -1,0 +1,97 @@
+"""A run in one frozen value: what is trained, on what, how, for how long.
+
+A recipe (`byrote/recipes/`) is a function that returns a `RunConfig`; a variant is `dataclasses.replace`; the command line
+sets any field as `--section.key value`. The value is saved in every checkpoint.
+"""
+
+from dataclasses import dataclass, field
+
+from byrote.errors import ConfigError
+from byrote.model.config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig:
+    """One corpus of a mixture."""
+
+    path: str  # folder, .txt, .jsonl(.gz), .parquet, "python-stdlib", or "hf:NAME[:SPLIT]"
+    weight: float = 1.0
+    text_key: str = "text"  # column or key that holds the text (jsonl, parquet, hf)
+    separator: str | None = None  # splits one .txt into documents; None: a file is a document
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    sources: tuple[SourceConfig, ...]
+    vocab_size: int = 4096  # of the byte-level BPE trained on the sources
+    tokenizer: str | None = None  # folder of an existing tokenizer; None: train one
+    sequence_length: int = 256
+    batch_sequences: int = 8  # sequences in one forward pass
+    accumulate: int = 1  # forward passes per optimizer step
+    validation_bytes: int = 512 * 1024  # documents in order of SHA-256(name) until this many bytes
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """Learning rates are peaks; `schedule` shapes them. Roles come from `model.param_roles()`."""
+
+    matrix: str = "muon"  # "muon" or "adamw" for hidden matrices
+    lr: float = 0.02  # matrices: after RMS matching, comparable with AdamW's
+    adam_lr: float = 0.002  # embedding, head, norms, mHC
+    table_lr_scale: float = 5.0  # table rows learn at adam_lr × this
+    table_rule: str = "rowwise"  # one fp32 state per row; or "adam": two full moments
+    table_betas: tuple[float, float] = (0.9, 0.95)
+    muon_momentum: float = 0.95
+    newton_schulz: str = "quintic5"  # Moonlight: five steps; or "hybrid8+2" (V4)
+    muon_rms: float = 0.2  # RMS of a full-rank update (Moonlight 0.2, V4 0.18)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # matrices, embedding, head; never norms, mHC, tables
+    clip_norm: float = 1.0  # global, table rows included; 0 switches clipping off
+    schedule: str = "wsd"  # "wsd" | "cosine" | "step"
+    warmup_fraction: float = 0.02
+    decay_fraction: float = 0.3  # wsd: share of the steps spent falling to lr × final_scale
+    final_scale: float = 0.0
+    step_points: tuple[float, ...] = (0.8, 0.9)  # step: at these shares of the run …
+    step_scales: tuple[float, ...] = (0.316, 0.1)  # … the rate becomes lr × these
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("matrix", ("muon", "adamw")),
+            ("table_rule", ("rowwise", "adam")),
+            ("newton_schulz", ("quintic5", "hybrid8+2")),
+            ("schedule", ("wsd", "cosine", "step")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"optim.{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    steps: int | None = None  # fixed number of optimizer steps; None: derived once from `seconds`, then saved
+    seconds: float | None = None  # wall-clock budget of training, measured in the first seconds of a fresh run
+    precision: str = "bf16"  # "bf16" autocast with fp32 islands, or "fp32"
+    device: str = "auto"  # "auto" | "cpu" | "cuda" | "mps"
+    seed: int = 0
+    save_every: int = 0  # steps between checkpoints; 0: only at the end, on Ctrl-C and on failure
+    keep_checkpoints: int = 2
+    eval_every: int = 0  # steps between validations; 0: only at the end
+    eval_context: int = 1024  # tokens a validation window sees
+    eval_stride: int = 512  # tokens scored per window
+    log_every: int = 10
+    tensorboard: bool = False
+    mtp_final_weight: float = 0.1  # λ of MTP once the learning rate decays (V3: 0.3, then 0.1)
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("bf16", "fp32"):
+            raise ConfigError(f"train.precision is {self.precision!r}; allowed: bf16, fp32")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
