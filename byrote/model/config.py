@@ -62,6 +62,33 @@ class MLAConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class V4AttentionConfig:
+    """Shapes of V4's window plus compressed attention (arXiv 2606.19348 §2.3): can be planned, not yet trained.
+
+    Ratio 0 is the window alone; 4 is CSA (overlapping groups of four tokens, an indexer picks among them); 128 is HCA
+    (every group of 128 tokens is read). MTP blocks use the window alone.
+    """
+
+    num_heads: int
+    head_dim: int  # of a query head, and of the one head that serves as key and value for all of them
+    rope_head_dim: int  # the last channels of head_dim
+    q_lora_rank: int
+    o_groups: int  # heads fall into this many groups, each with its own first output projection …
+    o_lora_rank: int  # … to this width
+    sliding_window: int
+    compress_ratios: tuple[int, ...]  # one per block
+    index_num_heads: int
+    index_head_dim: int
+    index_top_k: int  # compressed entries a query keeps in a CSA block
+    num_hash_layers: int = 0  # leading blocks whose experts are looked up by token id
+
+    def __post_init__(self) -> None:
+        odd = sorted(set(self.compress_ratios) - {0, 4, 128})
+        _require(not odd, f"attention.compress_ratios contains {odd}; allowed: 0 (window), 4 (CSA), 128 (HCA)")
+        _require(self.num_heads % self.o_groups == 0, f"attention.o_groups {self.o_groups} must divide num_heads {self.num_heads}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MoEConfig:
     """DeepSeekMoE with auxiliary-loss-free balancing (V3 §2.1.2)."""
 
@@ -167,7 +194,7 @@ class ModelConfig:
     vocab_size: int
     dim: int
     num_layers: int
-    attention: MLAConfig
+    attention: MLAConfig | V4AttentionConfig
     ffn_hidden: int  # width of a dense SwiGLU
     max_positions: int = 4096
     moe: MoEConfig | None = None
@@ -182,6 +209,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "num_layers", "ffn_hidden", "max_positions"):
             _require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
+        if isinstance(self.attention, V4AttentionConfig):
+            listed = len(self.attention.compress_ratios)
+            _require(listed == self.num_layers, f"attention.compress_ratios has {listed} entries; num_layers is {self.num_layers}")
         if self.engram is not None:
             outside = [layer for layer in self.engram.layers if not 0 <= layer < self.num_layers]
             _require(not outside, f"engram.layers names block {outside}; the model has blocks 0..{self.num_layers - 1}")

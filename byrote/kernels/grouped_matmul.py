@@ -1,0 +1,42 @@
+"""One matrix product per expert, over tokens sorted by expert.
+
+`x_ND` holds the tokens of expert 0, then those of expert 1, …; `ends_E[e]` is the row behind expert e's last token (int32, inclusive
+prefix sum of the counts). No capacity, no padding, no dropped token; an expert without tokens costs nothing.
+
+`reference` is a Python loop over experts. `grouped_matmul` is PyTorch's grouped product with its own backward: two more grouped
+products, without copies of the weights.
+
+Shapes: N sorted tokens, D inputs, F outputs, E experts.
+"""
+
+import torch
+from torch import Tensor
+
+
+def reference(x_ND: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
+    """The readable twin: slice, multiply, concatenate."""
+    starts = [0, *ends_E.tolist()]
+    parts = [x_ND[a:b] @ weight_FD.t() for a, b, weight_FD in zip(starts, starts[1:], weight_EFD, strict=False)]
+    return torch.cat(parts)
+
+
+class _Grouped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_ND: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.save_for_backward(x_ND, weight_EFD, ends_E)
+        return torch._grouped_mm(x_ND, weight_EFD.transpose(1, 2), offs=ends_E)
+
+    @staticmethod
+    def backward(ctx, grad_NF: Tensor):  # type: ignore[no-untyped-def, override]
+        x_ND, weight_EFD, ends_E = ctx.saved_tensors
+        grad_NF = grad_NF.contiguous()
+        grad_x = torch._grouped_mm(grad_NF, weight_EFD, offs=ends_E) if ctx.needs_input_grad[0] else None
+        grad_w = torch._grouped_mm(grad_NF.t(), x_ND, offs=ends_E) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_w, None
+
+
+def grouped_matmul(x_ND: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
+    """[N, F]: row n is `weight[e] @ x[n]` for the expert e whose segment holds n. x and weight share one dtype."""
+    if x_ND.shape[0] == 0:
+        return x_ND.new_zeros(0, weight_EFD.shape[1]) + (weight_EFD.sum() + x_ND.sum()) * 0
+    return _Grouped.apply(x_ND, weight_EFD, ends_E)

@@ -1,0 +1,112 @@
+"""Where rows live: the `TableStore` protocol and the table in device memory.
+
+A store knows rows by their **global** id (all memory layers behind one another), hands out the rows a batch needs as one `Slab`, and takes
+the updated slab back. Nothing else touches a table: no layer, no optimizer loop, no distributed wrapper. Stores in pinned host
+memory or on NVMe keep the same protocol.
+
+Shapes: U unique rows, E numbers in a row, S numbers of optimizer state per row.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from byrote.errors import CapacityError
+
+_FILL_CHUNK = 1 << 24  # numbers initialised at a time
+
+
+class Slab(NamedTuple):
+    """A batch's rows: values, optimizer state and number of updates so far."""
+
+    vectors_UE: Tensor
+    state_US: Tensor  # float32
+    visits_U: Tensor  # int32
+
+
+class Ticket(Protocol):
+    """A read under way."""
+
+    def wait(self) -> Slab: ...
+
+
+class TableStore(Protocol):
+    """Rows unique and sorted in every call."""
+
+    num_rows: int
+    dim: int
+    state_dim: int
+
+    def gather(self, rows_U: Tensor) -> Slab: ...
+    def prefetch(self, rows_U: Tensor) -> Ticket: ...
+    def put(self, rows_U: Tensor, slab: Slab) -> None: ...
+    def flush(self, generation: int) -> None: ...
+
+
+class _Deferred(NamedTuple):
+    store: "DeviceTable"
+    rows_U: Tensor
+
+    def wait(self) -> Slab:
+        return self.store.gather(self.rows_U)
+
+
+class DeviceTable:
+    """The whole table in the memory of one device.
+
+    A read is one `index_select`, so a prefetch has nothing to overlap: its ticket reads when waited for, after every earlier put.
+    `std` 0 starts with zero rows. The rows of a seed do not depend on the device.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        dim: int,
+        *,
+        state_dim: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        std: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.num_rows, self.dim, self.state_dim = num_rows, dim, state_dim
+        try:
+            self.vectors_NE = torch.zeros(num_rows, dim, dtype=dtype, device=device)
+            self.state_NS = torch.zeros(num_rows, state_dim, dtype=torch.float32, device=device)
+            self.visits_N = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        except RuntimeError as error:
+            need = num_rows * (dim * dtype.itemsize + 4 * state_dim + 4)
+            raise CapacityError(f"a memory table of {num_rows:,} rows × {dim} needs {need / 1e9:.1f} GB on {device}; lower engram.rows_per_order") from error
+        if std > 0:
+            self._fill(std, seed)
+
+    def _fill(self, std: float, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        step = max(1, _FILL_CHUNK // self.dim)
+        for start in range(0, self.num_rows, step):
+            part = self.vectors_NE[start : start + step]
+            part.copy_(torch.randn(part.shape, generator=generator).mul_(std))
+
+    @property
+    def device(self) -> torch.device:
+        return self.vectors_NE.device
+
+    def gather(self, rows_U: Tensor) -> Slab:
+        """Copies of the rows; changing them changes nothing until `put`."""
+        return Slab(self.vectors_NE.index_select(0, rows_U), self.state_NS.index_select(0, rows_U), self.visits_N.index_select(0, rows_U))
+
+    def read(self, rows_U: Tensor) -> Tensor:
+        """The values alone, [U, E]."""
+        return self.vectors_NE.index_select(0, rows_U)
+
+    def prefetch(self, rows_U: Tensor) -> Ticket:
+        return _Deferred(self, rows_U)
+
+    def put(self, rows_U: Tensor, slab: Slab) -> None:
+        self.vectors_NE.index_copy_(0, rows_U, slab.vectors_UE)
+        self.state_NS.index_copy_(0, rows_U, slab.state_US)
+        self.visits_N.index_copy_(0, rows_U, slab.visits_U)
+
+    def flush(self, generation: int) -> None:
+        """Nothing to do: a table in memory becomes durable with the checkpoint that holds it."""

@@ -1,0 +1,72 @@
+"""Rotary positions with YaRN (V3 §4.3; constants of the release).
+
+Channel pair i turns by position · f_i, f_i = θ^(−2i/K). Layout "interleaved" pairs channels (2i, 2i+1), "half" pairs (i, i + K/2).
+YaRN divides the frequencies of slow pairs by `factor`, keeps those of fast pairs and blends between: with
+c(β) = K·ln(original / 2πβ) / (2 ln θ), pairs below ⌊c(β_fast)⌋ stay, pairs above ⌈c(β_slow)⌉ are divided.
+
+Shapes: K rotary width, cos/sin [..., T, K/2] in fp32.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from byrote.model.config import RopeConfig, YarnConfig
+
+
+class Rotation(NamedTuple):
+    cos: Tensor
+    sin: Tensor
+
+
+def frequencies(dim: int, rope: RopeConfig) -> Tensor:
+    """float32 [K/2]."""
+    plain = rope.theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    if rope.yarn is None:
+        return plain.float()
+    ramp = _yarn_ramp(dim, rope.theta, rope.yarn)
+    return (plain / rope.yarn.factor * ramp + plain * (1 - ramp)).float()
+
+
+def _yarn_ramp(dim: int, theta: float, yarn: YarnConfig) -> Tensor:
+    """0 for pairs that keep their frequency, 1 for pairs divided by the factor."""
+
+    def pair_of(turns: float) -> float:
+        return dim * math.log(yarn.original_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_of(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_of(yarn.beta_slow)), dim - 1)
+    pairs = torch.arange(dim // 2, dtype=torch.float64)
+    return ((pairs - low) / max(high - low, 1e-3)).clamp(0, 1)
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def amplitude(yarn: YarnConfig | None) -> float:
+    """Factor on cos and sin."""
+    return 1.0 if yarn is None else _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim)
+
+
+def softmax_factor(yarn: YarnConfig | None) -> float:
+    """Factor on the softmax scale: mscale² (released V3)."""
+    return 1.0 if yarn is None or not yarn.mscale_all_dim else _mscale(yarn.factor, yarn.mscale_all_dim) ** 2
+
+
+def rotation(position_BT: Tensor, frequencies_K: Tensor, scale: float = 1.0) -> Rotation:
+    """cos and sin of every position and pair, [B, T, K/2]."""
+    angles = position_BT[..., None].float() * frequencies_K
+    return Rotation(angles.cos() * scale, angles.sin() * scale)
+
+
+def rotate(x: Tensor, turn: Rotation, layout: str) -> Tensor:
+    """Rotate the last dim of x [B, T, ..., K]; fp32 inside. Any dims between T and K share the rotation."""
+    cos, sin = (part.view(*part.shape[:2], *(1,) * (x.dim() - 3), part.shape[-1]) for part in turn)
+    if layout == "interleaved":
+        a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
