@@ -19,6 +19,7 @@ import torch
 from byrote.errors import CapacityError, ConfigError
 
 GIB = 1024**3
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # version 2; a container sees its own limit here
 
 
 def available_devices() -> list[str]:
@@ -141,10 +142,17 @@ def disk_free(path: str | os.PathLike[str]) -> int:
 def memory_bytes() -> tuple[int, int]:
     """(total, free) bytes of RAM, within the limit of the control group where there is one."""
     total, free = _system_memory()
-    limit, used = _first_number("/sys/fs/cgroup/memory.max"), _first_number("/sys/fs/cgroup/memory.current")
-    if limit is not None and limit < total:
-        return limit, max(0, min(free, limit - (used or 0)))
-    return total, free
+    limit = _first_number(CONTROL_GROUP / "memory.max")
+    if limit is None or limit >= total:
+        return total, free
+    return limit, max(0, min(free, limit - _control_group_used()))
+
+
+def _control_group_used() -> int:
+    """Bytes charged to the control group, less the file cache that the kernel gives up when asked."""
+    lines = (CONTROL_GROUP / "memory.stat").read_text().splitlines()
+    cache = next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+    return (_first_number(CONTROL_GROUP / "memory.current") or 0) - cache
 
 
 def _system_memory() -> tuple[int, int]:
@@ -163,9 +171,9 @@ def _macos_free_bytes(total: int) -> int:
     return sum(int(count) for count in counts) * os.sysconf("SC_PAGE_SIZE") if counts else total
 
 
-def _first_number(path: str) -> int | None:
+def _first_number(path: Path) -> int | None:
     try:
-        return int(Path(path).read_text())
+        return int(path.read_text())
     except (OSError, ValueError):  # no control groups here, or the word "max": no limit
         return None
 

@@ -40,17 +40,36 @@ class HasHistory(Protocol):
 class Memory:
     """Canonical map, hash and store of all memory layers of one model. Not a module: `.to()` and `state_dict()` pass it by."""
 
-    def __init__(self, hash_: NgramHash, store: DeviceTable, canonical_V: Tensor | None = None) -> None:
+    def __init__(self, hash_: NgramHash, store: DeviceTable, *, needs_canonical: bool = False, pad_token: int = 0) -> None:
         if sum(hash_.num_rows) != store.num_rows:
             raise ConfigError(f"the hash addresses {sum(hash_.num_rows)} rows, the table holds {store.num_rows}")
-        self.hash, self.store, self.canonical_V = hash_, store, canonical_V
-        starts = torch.tensor((0, *hash_.num_rows[:-1])).cumsum(0)
-        self._layer_start_L = starts.to(store.device)
-        hash_.to(store.device)
+        self.hash, self.store = hash_, store
+        self.canonical_V: Tensor | None = None
+        self._needs_canonical, self._pad_token = needs_canonical, pad_token
+        self._layer_start_L = torch.tensor((0, *hash_.num_rows[:-1])).cumsum(0)
+        self.to(store.device)
+
+    def to(self, device: torch.device | str) -> "Memory":
+        """Move table, map and hash constants; returns self."""
+        self.store.to(device)
+        self.hash.to(device)
+        self._layer_start_L = self._layer_start_L.to(device)
+        self.canonical_V = None if self.canonical_V is None else self.canonical_V.to(device)
+        return self
+
+    def set_canonical(self, canonical_V: Tensor) -> None:
+        """Give the tokenizer's map, int64 [V]: token id → class (`memory.canonical.canonical_ids`)."""
+        low, high = torch.aminmax(canonical_V)
+        if int(low) < 0 or int(high) >= self.hash.canonical_vocab:
+            raise ConfigError(f"the canonical map holds classes {int(low)}..{int(high)}, the hash is made for 0..{self.hash.canonical_vocab - 1}")
+        self.canonical_V = canonical_V.to(self.store.device, torch.int64)
+        self.hash.pad = int(canonical_V[self._pad_token])
 
     def canonical(self, tokens_BT: Tensor) -> Tensor:
         """int64 [B, T]: the class of every token."""
         if self.canonical_V is None:
+            if self._needs_canonical:
+                raise ConfigError("engram.canonical_vocab is set but the map is not: call model.memory.set_canonical(map) with the tokenizer's classes")
             return tokens_BT
         return self.canonical_V.index_select(0, tokens_BT.flatten()).view(tokens_BT.shape)
 

@@ -92,6 +92,15 @@ class DeviceTable:
     def device(self) -> torch.device:
         return self.vectors_NE.device
 
+    def to(self, device: torch.device | str) -> None:
+        self.vectors_NE, self.state_NS, self.visits_N = (part.to(device) for part in (self.vectors_NE, self.state_NS, self.visits_N))
+
+    def digest(self) -> int:
+        """A number that tells tables with other values apart (not cryptographic). Reads the whole table."""
+        bits = self.vectors_NE.view(torch.int16 if self.vectors_NE.element_size() == 2 else torch.int32)
+        sums_N = bits.sum(dim=1, dtype=torch.int64)
+        return int((sums_N * (2 * torch.arange(self.num_rows, device=self.device) + 1)).sum()) + self.num_rows * self.dim
+
     def gather(self, rows_U: Tensor) -> Slab:
         """Copies of the rows; changing them changes nothing until `put`."""
         return Slab(self.vectors_NE.index_select(0, rows_U), self.state_NS.index_select(0, rows_U), self.visits_N.index_select(0, rows_U))

@@ -6,30 +6,9 @@ sets any field as `--section.key value`. The value is saved in every checkpoint.
 
 from dataclasses import dataclass, field
 
+from byrote.data.config import DataConfig, SourceConfig
 from byrote.errors import ConfigError
 from byrote.model.config import ModelConfig
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SourceConfig:
-    """One corpus of a mixture."""
-
-    path: str  # folder, .txt, .jsonl(.gz), .parquet, "python-stdlib", or "hf:NAME[:SPLIT]"
-    weight: float = 1.0
-    text_key: str = "text"  # column or key that holds the text (jsonl, parquet, hf)
-    separator: str | None = None  # splits one .txt into documents; None: a file is a document
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    sources: tuple[SourceConfig, ...]
-    vocab_size: int = 4096  # of the byte-level BPE trained on the sources
-    tokenizer: str | None = None  # folder of an existing tokenizer; None: train one
-    sequence_length: int = 256
-    batch_sequences: int = 8  # sequences in one forward pass
-    accumulate: int = 1  # forward passes per optimizer step
-    validation_bytes: int = 512 * 1024  # documents in order of SHA-256(name) until this many bytes
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

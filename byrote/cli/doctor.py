@@ -1,0 +1,166 @@
+"""`byrote doctor`: can byrote work here, how fast, and what would make it faster?
+
+Each check is one line: ok, note (works, could be better) or FAIL (byrote cannot work), with what to do next. Nothing is
+installed or changed. Everything beyond the standard library is imported inside a check, because the doctor must be able to
+say that it is missing.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+from byrote.console import format_bytes, format_count, print_table
+from byrote.errors import ByroteError
+
+HELP = "check Python, PyTorch, devices, memory, disk and compiled paths; say what to do about each problem"
+
+OLDEST_PYTHON, OLDEST_TORCH = (3, 11), (2, 11)
+ESSENTIAL = ("numpy", "safetensors", "tokenizers")
+EXTRAS = {  # extra of pyproject.toml → (what it is for, what it installs)
+    "hf": ("import and export of Hugging Face models", ("transformers>=5.17",)),
+    "data": ("parquet files and Hugging Face datasets", ("datasets", "pyarrow")),
+    "plots": ("plots as image files", ("matplotlib",)),
+    "tensorboard": ("TensorBoard logs", ("tensorboard",)),
+    "gpu": ("Triton kernels on NVIDIA and AMD GPUs", ("triton>=3.6",)),
+}
+WORK_BYTES = 2 * 1024**3  # RAM, and disk, that `byrote quickstart` stays within
+
+Grade = Literal["ok", "note", "FAIL"]
+
+
+class Finding(NamedTuple):
+    grade: Grade
+    topic: str
+    text: str
+    advice: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument("--path", default=".", help="folder whose disk is checked (default: the current one)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print every finding; 1 when something essential is wrong, else 0."""
+    findings = list(examine(args.path))
+    failed = [finding for finding in findings if finding.grade == "FAIL"]
+    if args.json:
+        print(json.dumps({"healthy": not failed, "findings": [finding._asdict() for finding in findings]}, indent=2))
+    else:
+        print_table([(finding.grade, finding.topic, finding.text) for finding in findings])
+        for finding in findings:
+            if finding.advice:
+                print(f"\n{finding.topic}: {finding.advice}")
+        print(f"\n{len(failed)} of {len(findings)} checks failed" if failed else "\nbyrote can work here")
+    return 1 if failed else 0
+
+
+def examine(path: str) -> Iterator[Finding]:
+    """All findings, cheapest first. A check that needs torch is left out where torch does not import."""
+    yield check_python()
+    torch_found = check_torch()
+    yield torch_found
+    yield from check_essentials()
+    if torch_found.grade != "FAIL":
+        yield from check_machine(path)
+        yield from check_devices()
+        yield check_compiled_paths()
+    yield check_compiler()
+    yield from check_extras()
+
+
+def check_python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info[:2] < OLDEST_PYTHON:
+        return Finding("FAIL", "python", version, "byrote needs Python 3.11 or later; `make setup PYTHON=python3.12` uses another one")
+    return Finding("ok", "python", f"{version} ({sys.executable})")
+
+
+def check_torch() -> Finding:
+    try:
+        torch = importlib.import_module("torch")
+    except (ImportError, OSError) as error:  # OSError: a shared library of torch does not load
+        return Finding("FAIL", "torch", f"does not import: {error}", install_advice("torch>=2.11"))
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < OLDEST_TORCH:
+        return Finding("FAIL", "torch", torch.__version__, f"byrote needs torch 2.11 or later. {install_advice('torch>=2.11')}")
+    return Finding("ok", "torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
+
+
+def check_essentials() -> Iterator[Finding]:
+    for name in ESSENTIAL:
+        if importlib.util.find_spec(name) is None:
+            yield Finding("FAIL", name, "not installed", install_advice(name))
+        else:
+            yield Finding("ok", name, importlib.metadata.version(name))
+
+
+def check_machine(path: str) -> Iterator[Finding]:
+    from byrote.device import machine_facts
+
+    facts = machine_facts(path=path)
+    yield Finding("ok", "cpu", f"{facts['cpu']}, {facts['cores']} cores usable, {facts['system']}")
+    for topic, free, advice in (
+        ("ram", facts["ram_free_bytes"], "close other programs; the quickstart may be killed by the system otherwise"),
+        ("disk", facts["disk_free_bytes"], "free some space, or write runs to another disk with --out"),
+    ):
+        enough = free >= WORK_BYTES
+        total = f" of {format_bytes(facts['ram_bytes'])}" if topic == "ram" else f" at {os.path.abspath(path)}"
+        text = f"{format_bytes(free)} free{total}"
+        yield Finding("ok", topic, text) if enough else Finding("note", topic, text, f"less than {format_bytes(WORK_BYTES)}: {advice}")
+
+
+def check_devices() -> Iterator[Finding]:
+    from byrote.device import autocast_dtype, available_devices, matmul_peak, pick_device
+
+    for name in available_devices():
+        device = pick_device(name)
+        dtype = autocast_dtype(device)
+        kind = str(dtype).removeprefix("torch.")
+        try:
+            peak = matmul_peak(device, dtype, size=1024)
+        except RuntimeError as error:  # the device is listed and does not compute
+            yield Finding("FAIL", name, f"fails on a matrix product: {error}", "update the driver, or choose another one with --device")
+            continue
+        yield Finding("ok", name, f"computes in {kind}: {format_count(peak)}FLOP/s on 1024³ matrix products")
+
+
+def check_compiled_paths() -> Finding:
+    try:
+        native = importlib.import_module("byrote.kernels.native")
+    except ImportError as error:
+        return Finding("note", "kernels", f"reference kernels only: {error}")
+    try:
+        status = native.status()
+    except ByroteError as error:
+        return Finding("note", "kernels", f"reference kernels only: {error}")
+    return Finding("ok", "kernels", ", ".join(f"{name}: {value}" for name, value in status.items()))
+
+
+def check_compiler() -> Finding:
+    names = [os.environ[key] for key in ("CC", "CXX") if os.environ.get(key)] + ["cc", "gcc", "clang"]
+    found = next((path for path in map(shutil.which, names) if path), None)
+    if found:
+        return Finding("ok", "compiler", found)
+    return Finding("note", "compiler", "none found; not needed, compiled CPU kernels stay off")
+
+
+def check_extras() -> Iterator[Finding]:
+    for extra, (purpose, packages) in EXTRAS.items():
+        missing = [package for package in packages if importlib.util.find_spec(package.split(">=")[0]) is None]
+        if missing:
+            yield Finding("note", extra, f"not installed: {purpose}", install_advice(*missing))
+        else:
+            yield Finding("ok", extra, purpose)
+
+
+def install_advice(*packages: str) -> str:
+    quoted = " ".join(f"'{package}'" if ">" in package else package for package in packages)
+    return f"{sys.executable} -m pip install {quoted}"

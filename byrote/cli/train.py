@@ -1,0 +1,116 @@
+"""`byrote train RECIPE --section.key value …`: the options are the fields of `RunConfig`; nothing is listed twice."""
+
+import argparse
+import json
+from collections.abc import Iterable
+from dataclasses import is_dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from byrote.config import REQUIRED, Option, apply_overrides, describe, format_value, to_dict
+from byrote.errors import ConfigError
+from byrote.recipes import RECIPES, load_recipe
+
+if TYPE_CHECKING:
+    from byrote.train.run import RunConfig
+
+HELP = "train a recipe; every field of its configuration is an option"
+
+EXAMPLES = """
+examples:
+  byrote train tiny_cpu --train.seconds 120 --data.sources notes/,code/
+  byrote train small --model.engram none --train.seed 1 --out runs/small-without-memory
+  byrote train tiny_cpu --dry-run                          the full configuration and what it will cost
+  byrote train tiny_cpu --out runs/tiny_cpu --resume       continue a run that was stopped
+
+Values: true or false, none, 1e-3, and 1,4 for several. `none` switches a part of the model off (--model.mtp none); giving
+one of its fields switches it on. Defaults below are those of the dataclasses; a recipe sets many of them: see --dry-run.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{parser.prog} RECIPE [--section.key VALUE …] [--out DIR] [--resume] [--dry-run] [--json]"
+    parser.epilog = EXAMPLES
+    parser.add_argument("recipe", metavar="RECIPE", help=f"one of: {', '.join(RECIPES)}")
+    parser.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/NAME)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="print the configuration and the plan, train nothing")
+    parser.add_argument("--json", action="store_true", help="print the result on stdout as JSON")
+    for section, options in groupby(_options(), key=lambda option: option.name.rpartition(".")[0]):
+        group = parser.add_argument_group(section or "run")
+        for option in options:
+            group.add_argument(f"--{option.name}", dest=option.name, metavar="VALUE", default=argparse.SUPPRESS, help=_help(option))
+
+
+def run(args: argparse.Namespace) -> int:
+    names = {option.name for option in _options()}
+    config = apply_overrides(load_recipe(args.recipe), {name: text for name, text in vars(args).items() if name in names})
+    if args.dry_run:
+        return _dry_run(config, args.json)
+    out = Path(args.out or f"runs/{config.name}")
+    _check_folder(out, args.resume)
+    from byrote.train.session import train
+
+    summary = train(config, out, resume=args.resume)
+    if args.json:
+        print(json.dumps(to_dict(summary), ensure_ascii=False))
+    else:
+        print(f"\n{out} is ready. Next:\n  byrote generate {out} \"Once\"\n  byrote eval {out} --bits FILES…\n  byrote compare {out} RUN…")
+    return 0
+
+
+def _options() -> list[Option]:
+    from byrote.train.run import RunConfig
+
+    return describe(RunConfig)
+
+
+def _help(option: Option) -> str:
+    default = "set by the recipe" if option.default is REQUIRED else f"default: {_shown(option.default)}"
+    return f"{option.doc}{'; ' if option.doc else ''}{option.type}; {default}".replace("%", "%%")
+
+
+def _shown(value: object) -> str:
+    return "on" if is_dataclass(value) else format_value(value)
+
+
+def _dry_run(config: "RunConfig", as_json: bool) -> int:
+    from byrote.model.plan import model_plan
+
+    plan = model_plan(
+        config.name,
+        config.model,
+        sequence=config.data.sequence_length,
+        matrix_rule=config.optim.matrix,
+        table_rule=config.optim.table_rule,
+    )
+    if as_json:
+        print(json.dumps({"config": to_dict(config), "plan": plan}, indent=2, ensure_ascii=False))
+        return 0
+    for option in describe(config):
+        print(f"--{option.name:<38} {_shown(option.default)}")
+    print("\nplan")
+    for line in _flat(plan):
+        print(line)
+    return 0
+
+
+def _flat(tree: dict, indent: str = "  ") -> Iterable[str]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield f"{indent}{key}"
+            yield from _flat(value, indent + "  ")
+        else:
+            yield f"{indent}{key:<{42 - len(indent)}}{value}"
+
+
+def _check_folder(out: Path, resume: bool) -> None:
+    """A run is never overwritten, and never resumed where there is none."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; name a folder")
+    has_run = (out / "run.json").exists()
+    if has_run and not resume:
+        raise ConfigError(f"{out} already holds a run. Add --resume to continue it, or give another folder with --out")
+    if resume and not has_run:
+        raise ConfigError(f"{out} holds no run to resume (no run.json). Leave --resume out to start one, or name the folder of the run with --out")

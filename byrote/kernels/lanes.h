@@ -1,0 +1,113 @@
+/* The widest float vector of the machine, written once in GNU C so that gcc and clang fill in AVX-512, AVX2 or NEON.
+
+   `lanes` holds LANES floats. Streams lie in memory as float or bfloat16; they are widened on load and rounded to nearest
+   even on store, and a NaN stays a NaN. Rows whose length is no multiple of LANES end in a partial load or store. */
+
+#pragma once
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float lanes __attribute__((vector_size(LANES * 4)));
+typedef int32_t signed_lanes __attribute__((vector_size(LANES * 4)));
+typedef uint32_t bit_lanes __attribute__((vector_size(LANES * 4)));
+typedef uint16_t short_lanes __attribute__((vector_size(LANES * 2)));
+
+INLINE lanes splat(float value) { return value - (lanes){0}; }
+
+INLINE lanes load(const float *from) {
+    lanes v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+INLINE void store(float *to, lanes v) { memcpy(to, &v, sizeof v); }
+
+INLINE lanes select_lanes(signed_lanes mask, lanes yes, lanes no) {
+    return (lanes)((mask & (signed_lanes)yes) | (~mask & (signed_lanes)no));
+}
+
+INLINE lanes widen(short_lanes h) { return (lanes)(__builtin_convertvector(h, bit_lanes) << 16); }
+
+INLINE short_lanes narrow(lanes v) {
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+    __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+    short_lanes out;
+    memcpy(&out, &h, sizeof out);
+    return out;
+#else
+    bit_lanes bits = (bit_lanes)v;
+    bit_lanes rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    bit_lanes is_nan = (bit_lanes)(v != v);
+    return __builtin_convertvector((is_nan & ((bits >> 16) | 0x40)) | (~is_nan & rounded), short_lanes);
+#endif
+}
+
+/* Lanes [at, at + LANES) of a row of `length` stream numbers; beyond its end: zeros. */
+INLINE lanes load_row(const void *row, long at, long length, int bf16) {
+    long n = length - at;
+    if (bf16) {
+        short_lanes h = {0};
+        if (n >= LANES) memcpy(&h, (const uint16_t *)row + at, sizeof h);
+        else if (n > 0) memcpy(&h, (const uint16_t *)row + at, n * 2);
+        return widen(h);
+    }
+    lanes v = {0};
+    if (n >= LANES) memcpy(&v, (const float *)row + at, sizeof v);
+    else if (n > 0) memcpy(&v, (const float *)row + at, n * 4);
+    return v;
+}
+
+/* Writes them and returns what memory now holds, widened again. */
+INLINE lanes store_row(void *row, long at, long length, int bf16, lanes v) {
+    long n = length - at;
+    if (bf16) {
+        short_lanes h = narrow(v);
+        memcpy((uint16_t *)row + at, &h, n >= LANES ? sizeof h : (size_t)n * 2);
+        return widen(h);
+    }
+    memcpy((float *)row + at, &v, n >= LANES ? sizeof v : (size_t)n * 4);
+    return v;
+}
+
+INLINE float sum_lanes(lanes v) {
+    float part[LANES], total = 0;
+    store(part, v);
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; i++) part[i] += part[i + width];
+    total = part[0];
+    return total;
+}
+
+/* e^v to about 1 unit in the last place between -87 and 88; saturates outside. */
+INLINE lanes exp_lanes(lanes v) {
+    v = select_lanes(v < -87.0f, splat(-87.0f), v);
+    v = select_lanes(v > 88.0f, splat(88.0f), v);
+    const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+    lanes n = (v * 1.44269504f + shift) - shift;
+    lanes r = v - n * 0.693359375f; /* ln 2 in two pieces */
+    r = r - n * -2.12194440e-4f;
+    lanes p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    bit_lanes power = ((bit_lanes)__builtin_convertvector(n, signed_lanes) + 127) << 23;
+    return p * (lanes)power;
+}
+
+INLINE lanes sigmoid_lanes(lanes v) { return 1.0f / (1.0f + exp_lanes(-v)); }

@@ -1,0 +1,54 @@
+"""Tokens to experts and back, as gathers in both directions of the gradient (a scatter-add would be slow and unordered).
+
+`order_M` lists, expert by expert, which flat (token, slot) pair stands there; `place_M` is its inverse. Token n's K pairs are
+n·K … n·K + K − 1.
+
+Shapes: N tokens, K slots a token, M = N·K, D model.
+"""
+
+import torch
+from torch import Tensor
+
+
+def _spread(x_ND: Tensor, order_M: Tensor, top_k: int) -> Tensor:
+    return x_ND.index_select(0, order_M.div(top_k, rounding_mode="floor"))
+
+
+def _gather_sum(out_MD: Tensor, place_M: Tensor, tokens: int) -> Tensor:
+    return out_MD.index_select(0, place_M).view(tokens, -1, out_MD.shape[-1]).sum(1)
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_ND: Tensor, order_M: Tensor, place_M: Tensor, top_k: int) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.save_for_backward(place_M)
+        ctx.tokens = x_ND.shape[0]
+        return _spread(x_ND, order_M, top_k)
+
+    @staticmethod
+    def backward(ctx, grad_MD: Tensor):  # type: ignore[no-untyped-def, override]
+        (place_M,) = ctx.saved_tensors
+        return _gather_sum(grad_MD, place_M, ctx.tokens), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out_MD: Tensor, order_M: Tensor, place_M: Tensor, tokens: int) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.save_for_backward(order_M)
+        ctx.top_k = order_M.shape[0] // max(tokens, 1)
+        return _gather_sum(out_MD, place_M, tokens)
+
+    @staticmethod
+    def backward(ctx, grad_ND: Tensor):  # type: ignore[no-untyped-def, override]
+        (order_M,) = ctx.saved_tensors
+        return _spread(grad_ND, order_M, ctx.top_k), None, None, None
+
+
+def dispatch(x_ND: Tensor, order_M: Tensor, place_M: Tensor, top_k: int) -> Tensor:
+    """[M, D]: the token of every pair, in expert order."""
+    return _Dispatch.apply(x_ND, order_M, place_M, top_k)
+
+
+def combine(out_MD: Tensor, order_M: Tensor, place_M: Tensor, tokens: int) -> Tensor:
+    """[N, D]: the sum of every token's K results."""
+    return _Combine.apply(out_MD, order_M, place_M, tokens)

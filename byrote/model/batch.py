@@ -1,0 +1,81 @@
+"""Batch: all that a block needs to know about the tokens besides their hidden states, so that a pipeline stage can be handed it whole.
+
+Documents: a number per token, −1 is padding, None means that every row is one document. Attention, positions, n-grams and the
+Engram convolution stop where the number changes.
+
+Shapes: B batch, T tokens of this call, S keys (T plus what the state held before).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from byrote.errors import ConfigError
+from byrote.memory.conditional import Rows
+from byrote.model.rope import Rotation
+from byrote.model.state import DecodeState
+
+
+class Batch(NamedTuple):
+    tokens_BT: Tensor
+    document_BT: Tensor | None
+    keys_document_BS: Tensor | None  # documents of all keys
+    position_BT: Tensor
+    turn: Rotation
+    mask_B1TS: Tensor | None  # True where a query may look; None: see `causal`
+    causal: bool
+    rows: Rows | None
+    state: DecodeState | None
+
+
+def document_positions(document_BT: Tensor) -> Tensor:
+    """int64 [B, T]: tokens since the document began. Worked example: documents −1 −1 4 4 4 7 → positions 0 1 0 1 2 0."""
+    batch, length = document_BT.shape
+    index = torch.arange(length, device=document_BT.device).expand(batch, length)
+    starts = torch.ones_like(document_BT, dtype=torch.bool)
+    starts[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
+def positions(tokens_BT: Tensor, document_BT: Tensor | None, state: DecodeState | None) -> Tensor:
+    """Positions inside each document, going on from the state's last token where its document goes on."""
+    batch, length = tokens_BT.shape
+    if document_BT is None:
+        fresh = torch.arange(length, device=tokens_BT.device).expand(batch, length)
+    else:
+        fresh = document_positions(document_BT)
+    if state is None or state.length == 0 or length == 0:
+        return fresh
+    next_B1 = state.positions.all()[:, -1:] + 1
+    if document_BT is None:
+        return fresh + next_B1
+    last_B1 = torch.zeros_like(next_B1) if state.documents is None else state.documents.all()[:, -1:]
+    leading_BT = (document_BT == last_B1).to(torch.int64).cumprod(dim=1)
+    return fresh + leading_BT * next_B1
+
+
+def attention_mask(document_BT: Tensor | None, keys_BS: Tensor | None, queries: int, keys: int, device: torch.device) -> tuple[Tensor | None, bool]:
+    """(mask, causal) for `kernels.attention`."""
+    if keys_BS is None and queries == keys:
+        return None, True
+    if keys_BS is None and queries == 1:
+        return None, False
+    order_TS = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    if keys_BS is None:
+        return order_TS[None, None], False
+    assert document_BT is not None
+    same_BTS = (document_BT[:, :, None] == keys_BS[:, None, :]) & (document_BT >= 0)[:, :, None]
+    return (same_BTS & order_TS)[:, None], False
+
+
+def check_tokens(tokens_BT: Tensor, vocab_size: int, document_BT: Tensor | None) -> None:
+    """Refuse what would index out of range or broadcast by mistake."""
+    if tokens_BT.dim() != 2:
+        raise ConfigError(f"tokens must be [batch, tokens]; got shape {tuple(tokens_BT.shape)}")
+    if document_BT is not None and document_BT.shape != tokens_BT.shape:
+        raise ConfigError(f"document numbers have shape {tuple(document_BT.shape)}, tokens {tuple(tokens_BT.shape)}; they must agree")
+    if tokens_BT.numel() and tokens_BT.device.type == "cpu":
+        low, high = torch.aminmax(tokens_BT)
+        if int(low) < 0 or int(high) >= vocab_size:
+            raise ConfigError(f"token ids span {int(low)}..{int(high)}, the model's vocabulary is 0..{vocab_size - 1}; was the text encoded with another tokenizer?")

@@ -1,0 +1,27 @@
+"""Every initial distribution, in one place. Reproducible from a seed on any device: numbers are drawn on the CPU in module order.
+
+    matrices, embedding, head, router     N(0, init_std)
+    norms, gains                          1
+    convolution of memory                 0 (Engram §4.1)
+    mHC, HC                               as the plain residual (see hyper_connection.py)
+    table rows                            N(0, engram.table_std), in memory/table.py
+"""
+
+import torch
+from torch import nn
+
+from byrote.model.hyper_connection import FreeSite, ManifoldReadOut, ManifoldSite
+from byrote.model.linear import GroupedLinear, Linear
+from byrote.model.moe import MoE
+
+
+def initialise(model: nn.Module, std: float, seed: int) -> None:
+    """Fill all parameters in place."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, ManifoldSite | ManifoldReadOut | FreeSite):
+            module.reset(generator)
+        elif isinstance(module, Linear | GroupedLinear | nn.Embedding):
+            module.weight.data.normal_(0, std, generator=generator)
+        elif isinstance(module, MoE):
+            module.router.data.normal_(0, std, generator=generator)
