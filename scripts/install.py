@@ -153,7 +153,7 @@ def torch_index() -> list[str]:
 
 
 def build_of(metadata: dict) -> str:
-    """"cpu" or "cuda" (here: any GPU build), from a package's name tag, or from the libraries it asks for."""
+    """ "cpu" or "cuda" (here: any GPU build), from a package's name tag, or from the libraries it asks for."""
     _, _, tag = metadata["version"].partition("+")
     if tag or sys.platform != "linux":
         return "cuda" if tag and tag != "cpu" else "cpu"
@@ -176,7 +176,10 @@ def check_choice(asked: str, build: str) -> None:
     if asked not in ("auto", build):
         stop(f"TORCH={asked}, but pip would take the {build} build from where it looks now.\n" + (to_cpu if asked == "cpu" else to_cuda))
     if asked == "auto" and build == "cuda" and not has_nvidia_driver():
-        say("no NVIDIA driver seen, yet pip offers the CUDA build only. It runs on the CPU too; to save the download, press Ctrl-C.\n" + to_cpu)
+        say(
+            "no NVIDIA driver seen, yet pip offers the CUDA build only. It runs on the CPU too; to save the download, press Ctrl-C.\n"
+            + to_cpu
+        )
     if asked == "auto" and build == "cpu" and has_nvidia_driver():
         say("an NVIDIA driver is present, but pip offers the CPU build where it looks now; byrote will not see the GPU.\n" + to_cuda)
 
@@ -184,7 +187,9 @@ def check_choice(asked: str, build: str) -> None:
 def check_disk(build: str) -> None:
     free_gib = shutil.disk_usage(VENV).free / 1024**3
     if free_gib < DISK_GIB[build]:
-        stop(f"{VENV} will take up to {DISK_GIB[build]} GiB and {free_gib:.1f} GiB are free; free some space or choose VENV=folder elsewhere")
+        stop(
+            f"{VENV} will take up to {DISK_GIB[build]} GiB and {free_gib:.1f} GiB are free; free some space or choose VENV=folder elsewhere"
+        )
 
 
 def verify() -> None:

@@ -197,7 +197,9 @@ def test_of_a_part_with_several_kinds_an_instance_lists_its_own_fields_and_a_cla
 def test_of_several_kinds_of_part_the_one_is_read_whose_keys_are_given():
     data = to_dict(full_config())
     data["model"]["attention"]["q_lora_ranks"] = data["model"]["attention"].pop("q_lora_rank")
-    with pytest.raises(ConfigError, match=r"MLAConfig cannot be read: unknown key model.attention.q_lora_ranks \(nearest: model.attention.q_lora_rank\)"):
+    with pytest.raises(
+        ConfigError, match=r"MLAConfig cannot be read: unknown key model.attention.q_lora_ranks \(nearest: model.attention.q_lora_rank\)"
+    ):
         from_dict(RunConfig, data)
     window = to_dict(v4_attention())
     assert from_dict(ModelConfig, to_dict(run_config().model) | {"attention": window}).attention == v4_attention()

@@ -11,7 +11,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import shutil
+import pkgutil
 import sys
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
@@ -72,7 +72,6 @@ def examine(path: str) -> Iterator[Finding]:
         yield from check_machine(path)
         yield from check_devices()
         yield check_compiled_paths()
-    yield check_compiler()
     yield from check_extras()
 
 
@@ -106,7 +105,7 @@ def check_machine(path: str) -> Iterator[Finding]:
     from byrote.device import machine_facts
 
     facts = machine_facts(path=path)
-    yield Finding("ok", "cpu", f"{facts['cpu']}, {facts['cores']} cores usable, {facts['system']}")
+    yield Finding("ok", "machine", f"{facts['cpu']}, {facts['cores']} cores usable, {facts['system']}")
     for topic, free, advice in (
         ("ram", facts["ram_free_bytes"], "close other programs; the quickstart may be killed by the system otherwise"),
         ("disk", facts["disk_free_bytes"], "free some space, or write runs to another disk with --out"),
@@ -127,29 +126,37 @@ def check_devices() -> Iterator[Finding]:
         try:
             peak = matmul_peak(device, dtype, size=1024)
         except RuntimeError as error:  # the device is listed and does not compute
-            yield Finding("FAIL", name, f"fails on a matrix product: {error}", "update the driver, or choose another one with --device")
+            yield Finding(
+                "FAIL", f"device {name}", f"fails on a matrix product: {error}", "update the driver, or choose another one with --device"
+            )
             continue
-        yield Finding("ok", name, f"computes in {kind}: {format_count(peak)}FLOP/s on 1024³ matrix products")
+        yield Finding("ok", f"device {name}", f"computes in {kind}: {format_count(peak)}FLOP/s on 1024³ matrix products")
 
 
 def check_compiled_paths() -> Finding:
+    """Kernels in C are compiled at first use where there is a compiler; without one the references compute the same."""
     try:
-        native = importlib.import_module("byrote.kernels.native")
-    except ImportError as error:
+        active = compiled_kernels()
+        status = importlib.import_module("byrote.kernels.native").status()
+    except (ImportError, ByroteError) as error:
         return Finding("note", "kernels", f"reference kernels only: {error}")
-    try:
-        status = native.status()
-    except ByroteError as error:
-        return Finding("note", "kernels", f"reference kernels only: {error}")
-    return Finding("ok", "kernels", ", ".join(f"{name}: {value}" for name, value in status.items()))
+    on, off = ([name for name in active if active[name] is wanted] for wanted in (True, False))
+    if not on:
+        return Finding("note", "kernels", f"reference kernels only: {status['reason']}", "they give the same results, slower")
+    built = f"{', '.join(on)} in C on {status['threads']} threads, by {status['compiler']}"
+    return (
+        Finding("note", "kernels", f"{built}; by reference: {', '.join(off)}", str(status["reason"]))
+        if off
+        else Finding("ok", "kernels", built)
+    )
 
 
-def check_compiler() -> Finding:
-    names = [os.environ[key] for key in ("CC", "CXX") if os.environ.get(key)] + ["cc", "gcc", "clang"]
-    found = next((path for path in map(shutil.which, names) if path), None)
-    if found:
-        return Finding("ok", "compiler", found)
-    return Finding("note", "compiler", "none found; not needed, compiled CPU kernels stay off")
+def compiled_kernels() -> dict[str, bool]:
+    """Kernel → whether its C version serves here. Compiles what an earlier process has not."""
+    kernels = importlib.import_module("byrote.kernels")
+    names = [module.name for module in pkgutil.iter_modules(kernels.__path__) if module.ispkg]
+    paths = {name: f"byrote.kernels.{name}.cpu" for name in names}
+    return {name: importlib.import_module(path).library() is not None for name, path in paths.items() if importlib.util.find_spec(path)}
 
 
 def check_extras() -> Iterator[Finding]:

@@ -8,6 +8,7 @@ to do, 130 interrupted.
 import argparse
 import importlib
 import importlib.util
+import io
 import os
 import sys
 import traceback
@@ -57,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one verb and returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     full_trace = "--traceback" in argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets "?" instead of a crash
     try:
         return _dispatch([argument for argument in argv if argument != "--traceback"])
     except SystemExit as stop:  # argparse, after it printed --help

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from collections.abc import Iterable
 from dataclasses import is_dataclass
 from itertools import groupby
 from pathlib import Path
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(to_dict(summary), ensure_ascii=False))
     else:
-        print(f"\n{out} is ready. Next:\n  byrote generate {out} \"Once\"\n  byrote eval {out} --bits FILES…\n  byrote compare {out} RUN…")
+        print(f'\n{out} is ready. Next:\n  byrote generate {out} "Once"\n  byrote eval {out} --bits FILES…\n  byrote compare {out} RUN…')
     return 0
 
 
@@ -76,6 +75,7 @@ def _shown(value: object) -> str:
 
 
 def _dry_run(config: "RunConfig", as_json: bool) -> int:
+    from byrote.cli.plan import print_plan
     from byrote.model.plan import model_plan
 
     plan = model_plan(
@@ -88,21 +88,18 @@ def _dry_run(config: "RunConfig", as_json: bool) -> int:
     if as_json:
         print(json.dumps({"config": to_dict(config), "plan": plan}, indent=2, ensure_ascii=False))
         return 0
-    for option in describe(config):
-        print(f"--{option.name:<38} {_shown(option.default)}")
-    print("\nplan")
-    for line in _flat(plan):
-        print(line)
+    for option in _set_fields(config):
+        print(f"--{option.name:<38} {format_value(option.default)}")
+    print()
+    print_plan(plan)
     return 0
 
 
-def _flat(tree: dict, indent: str = "  ") -> Iterable[str]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield f"{indent}{key}"
-            yield from _flat(value, indent + "  ")
-        else:
-            yield f"{indent}{key:<{42 - len(indent)}}{value}"
+def _set_fields(config: "RunConfig") -> list[Option]:
+    """The fields of all parts that are switched on, and of a part that is not, the part itself."""
+    options = describe(config)
+    off = tuple(f"{option.name}." for option in options if option.default is None)
+    return [option for option in options if not is_dataclass(option.default) and not option.name.startswith(off)]
 
 
 def _check_folder(out: Path, resume: bool) -> None:
@@ -113,4 +110,6 @@ def _check_folder(out: Path, resume: bool) -> None:
     if has_run and not resume:
         raise ConfigError(f"{out} already holds a run. Add --resume to continue it, or give another folder with --out")
     if resume and not has_run:
-        raise ConfigError(f"{out} holds no run to resume (no run.json). Leave --resume out to start one, or name the folder of the run with --out")
+        raise ConfigError(
+            f"{out} holds no run to resume (no run.json). Leave --resume out to start one, or name the folder of the run with --out"
+        )

@@ -16,7 +16,9 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         if not self.weight > 0:
-            raise ConfigError(f"the weight of source {self.path!r} is {self.weight}; it must be positive (leave the source out to not use it)")
+            raise ConfigError(
+                f"the weight of source {self.path!r} is {self.weight}; it must be positive (leave the source out to not use it)"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def reference(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, *, scale: float, mask_B1TS: Tensor | None = None, causal: bool = False) -> Tensor:
+def reference(
+    q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, *, scale: float, mask_B1TS: Tensor | None = None, causal: bool = False
+) -> Tensor:
     """The readable twin, in fp32."""
     scores_BHTS = torch.einsum("bhtk,bhsk->bhts", q_BHTK.float(), k_BHSK.float()) * scale
     if causal:
@@ -22,7 +24,9 @@ def reference(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, *, scale: float, m
     return torch.einsum("bhts,bhsv->bhtv", weights_BHTS, v_BHSV.float()).to(v_BHSV.dtype)
 
 
-def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, *, scale: float, mask_B1TS: Tensor | None = None, causal: bool = False) -> Tensor:
+def attend(
+    q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, *, scale: float, mask_B1TS: Tensor | None = None, causal: bool = False
+) -> Tensor:
     """[B, H, T, V], by PyTorch's fused attention; values narrower than keys are padded for it and cut again."""
     narrow = v_BHSV.shape[-1]
     if narrow < q_BHTK.shape[-1]:

@@ -55,40 +55,48 @@ INLINE short_lanes narrow(lanes v) {
 #endif
 }
 
-/* Lanes [at, at + LANES) of a row of `length` stream numbers; beyond its end: zeros. */
-INLINE lanes load_row(const void *row, long at, long length, int bf16) {
-    long n = length - at;
-    if (bf16) {
-        short_lanes h = {0};
-        if (n >= LANES) memcpy(&h, (const uint16_t *)row + at, sizeof h);
-        else if (n > 0) memcpy(&h, (const uint16_t *)row + at, n * 2);
-        return widen(h);
-    }
+/* A row of `length` stream numbers; `whole` promises that length is a multiple of LANES, so that no end needs care. */
+typedef struct {
+    void *start;
+    long length;
+    int bf16, whole;
+} row;
+
+INLINE row row_at(const void *base, long index, long length, int bf16, int whole) {
+    return (row){(char *)base + index * length * (bf16 ? 2 : 4), length, bf16, whole};
+}
+
+/* Lanes [at, at + LANES); zeros beyond the end. */
+INLINE lanes load_row(row r, long at) {
+    const long n = r.whole || r.length - at > LANES ? LANES : r.length - at;
+    short_lanes h = {0};
     lanes v = {0};
-    if (n >= LANES) memcpy(&v, (const float *)row + at, sizeof v);
-    else if (n > 0) memcpy(&v, (const float *)row + at, n * 4);
-    return v;
+    if (r.bf16) memcpy(&h, (uint16_t *)r.start + at, n * 2);
+    else memcpy(&v, (float *)r.start + at, n * 4);
+    return r.bf16 ? widen(h) : v;
 }
 
 /* Writes them and returns what memory now holds, widened again. */
-INLINE lanes store_row(void *row, long at, long length, int bf16, lanes v) {
-    long n = length - at;
-    if (bf16) {
-        short_lanes h = narrow(v);
-        memcpy((uint16_t *)row + at, &h, n >= LANES ? sizeof h : (size_t)n * 2);
-        return widen(h);
+INLINE lanes store_row(row r, long at, lanes v) {
+    const long n = r.whole || r.length - at > LANES ? LANES : r.length - at;
+    if (!r.bf16) {
+        memcpy((float *)r.start + at, &v, n * 4);
+        return v;
     }
-    memcpy((float *)row + at, &v, n >= LANES ? sizeof v : (size_t)n * 4);
-    return v;
+    short_lanes h = narrow(v);
+    memcpy((uint16_t *)r.start + at, &h, n * 2);
+    return widen(h);
 }
 
 INLINE float sum_lanes(lanes v) {
-    float part[LANES], total = 0;
-    store(part, v);
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; i++) part[i] += part[i + width];
-    total = part[0];
-    return total;
+    typedef float four __attribute__((vector_size(16)));
+    four part[LANES / 4], sum = {0};
+    float p[4];
+    memcpy(part, &v, sizeof v);
+#pragma GCC unroll 4
+    for (int i = 0; i < LANES / 4; i++) sum += part[i];
+    memcpy(p, &sum, sizeof sum);
+    return (p[0] + p[2]) + (p[1] + p[3]);
 }
 
 /* e^v to about 1 unit in the last place between -87 and 88; saturates outside. */

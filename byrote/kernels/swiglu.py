@@ -18,5 +18,3 @@ def swiglu(gate_up_N2F: Tensor, *, limit: float | None = None, weight_N: Tensor 
         gate_NF, up_NF = gate_NF.clamp(max=limit), up_NF.clamp(-limit, limit)
     hidden_NF = functional.silu(gate_NF) * up_NF
     return hidden_NF if weight_N is None else hidden_NF * weight_N[:, None].to(hidden_NF.dtype)
-
-

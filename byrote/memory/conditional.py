@@ -61,7 +61,9 @@ class Memory:
         """Give the tokenizer's map, int64 [V]: token id → class (`memory.canonical.canonical_ids`)."""
         low, high = torch.aminmax(canonical_V)
         if int(low) < 0 or int(high) >= self.hash.canonical_vocab:
-            raise ConfigError(f"the canonical map holds classes {int(low)}..{int(high)}, the hash is made for 0..{self.hash.canonical_vocab - 1}")
+            raise ConfigError(
+                f"the canonical map holds classes {int(low)}..{int(high)}, the hash is made for 0..{self.hash.canonical_vocab - 1}"
+            )
         self.canonical_V = canonical_V.to(self.store.device, torch.int64)
         self.hash.pad = int(canonical_V[self._pad_token])
 
@@ -69,7 +71,9 @@ class Memory:
         """int64 [B, T]: the class of every token."""
         if self.canonical_V is None:
             if self._needs_canonical:
-                raise ConfigError("engram.canonical_vocab is set but the map is not: call model.memory.set_canonical(map) with the tokenizer's classes")
+                raise ConfigError(
+                    "engram.canonical_vocab is set but the map is not: call model.memory.set_canonical(map) with the tokenizer's classes"
+                )
             return tokens_BT
         return self.canonical_V.index_select(0, tokens_BT.flatten()).view(tokens_BT.shape)
 

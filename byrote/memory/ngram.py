@@ -155,7 +155,9 @@ class NgramHash:
             return
         low, high = torch.aminmax(ids_BT)
         if int(low) < 0 or int(high) >= self.canonical_vocab:
-            raise ConfigError(f"canonical ids span {int(low)}..{int(high)}, allowed are 0..{self.canonical_vocab - 1}: map tokens through the canonical table first")
+            raise ConfigError(
+                f"canonical ids span {int(low)}..{int(high)}, allowed are 0..{self.canonical_vocab - 1}: map tokens through the canonical table first"
+            )
 
     def _suffixes(self, ids_BT: Tensor, document_BT: Tensor | None, history: Tensor | NgramHistory | None) -> Tensor:
         """[max_order, B, T]: slot i holds the id i positions back, or the pad class beyond a border or the start."""

@@ -77,7 +77,9 @@ class DeviceTable:
             self.visits_N = torch.zeros(num_rows, dtype=torch.int32, device=device)
         except RuntimeError as error:
             need = num_rows * (dim * dtype.itemsize + 4 * state_dim + 4)
-            raise CapacityError(f"a memory table of {num_rows:,} rows × {dim} needs {need / 1e9:.1f} GB on {device}; lower engram.rows_per_order") from error
+            raise CapacityError(
+                f"a memory table of {num_rows:,} rows × {dim} needs {need / 1e9:.1f} GB on {device}; lower engram.rows_per_order"
+            ) from error
         if std > 0:
             self._fill(std, seed)
 

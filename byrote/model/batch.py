@@ -55,7 +55,9 @@ def positions(tokens_BT: Tensor, document_BT: Tensor | None, state: DecodeState 
     return fresh + leading_BT * next_B1
 
 
-def attention_mask(document_BT: Tensor | None, keys_BS: Tensor | None, queries: int, keys: int, device: torch.device) -> tuple[Tensor | None, bool]:
+def attention_mask(
+    document_BT: Tensor | None, keys_BS: Tensor | None, queries: int, keys: int, device: torch.device
+) -> tuple[Tensor | None, bool]:
     """(mask, causal) for `kernels.attention`."""
     if keys_BS is None and queries == keys:
         return None, True
@@ -78,4 +80,6 @@ def check_tokens(tokens_BT: Tensor, vocab_size: int, document_BT: Tensor | None)
     if tokens_BT.numel() and tokens_BT.device.type == "cpu":
         low, high = torch.aminmax(tokens_BT)
         if int(low) < 0 or int(high) >= vocab_size:
-            raise ConfigError(f"token ids span {int(low)}..{int(high)}, the model's vocabulary is 0..{vocab_size - 1}; was the text encoded with another tokenizer?")
+            raise ConfigError(
+                f"token ids span {int(low)}..{int(high)}, the model's vocabulary is 0..{vocab_size - 1}; was the text encoded with another tokenizer?"
+            )

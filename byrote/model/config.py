@@ -51,6 +51,7 @@ class MLAConfig:
     qk_rope_head_dim: int
     v_head_dim: int
     q_lora_rank: int | None = None  # None: a full-rank query projection
+    latent_norm_eps: float | None = None  # ε of the norms of the latents; None: the model's norm_eps (V3 fixes 1e-6 here)
     rope: RopeConfig = field(default_factory=RopeConfig)
 
     @property
@@ -109,7 +110,10 @@ class MoEConfig:
         _one_of("moe.score", self.score, ("sigmoid", "sqrt_softplus"))
         _require(1 <= self.top_k <= self.num_experts, f"moe.top_k is {self.top_k}; it must lie in 1..{self.num_experts} (num_experts)")
         _require(self.num_experts % self.num_groups == 0, f"moe.num_groups {self.num_groups} must divide num_experts {self.num_experts}")
-        _require(1 <= self.top_groups <= self.num_groups, f"moe.top_groups is {self.top_groups}; it must lie in 1..{self.num_groups} (num_groups)")
+        _require(
+            1 <= self.top_groups <= self.num_groups,
+            f"moe.top_groups is {self.top_groups}; it must lie in 1..{self.num_groups} (num_groups)",
+        )
         reachable = self.top_groups * (self.num_experts // self.num_groups)
         _require(self.top_k <= reachable, f"moe.top_k {self.top_k} needs more experts than top_groups leaves ({reachable})")
 
@@ -125,7 +129,10 @@ class ResidualConfig:
 
     def __post_init__(self) -> None:
         _one_of("residual.kind", self.kind, ("mhc", "hc", "plain"))
-        _require(self.num_streams >= 2 or self.kind == "plain", "residual.num_streams must be at least 2 for mhc and hc; use kind='plain' for one")
+        _require(
+            self.num_streams >= 2 or self.kind == "plain",
+            "residual.num_streams must be at least 2 for mhc and hc; use kind='plain' for one",
+        )
 
     @property
     def streams(self) -> int:
@@ -143,6 +150,7 @@ class EngramConfig:
     num_heads: int = 8  # hash heads per order
     max_order: int = 3  # n-grams of orders 2..max_order
     hash_layer_ids: tuple[int, ...] | None = None  # ids that seed the hash; default: `layers`
+    tokenizer_compression: bool = True  # a run maps its tokenizer's ids to canonical classes and fills `canonical_vocab`
     canonical_vocab: int | None = None  # classes of the compressed vocabulary; None: every token is its own class
     pad_token: int = 0  # raw token whose class stands before the start of a document
     hash_seed: int = 0

@@ -4,7 +4,7 @@ Nothing is built: a trillion-parameter model is counted in a millisecond. For mo
 the sum over `model.parameters()` to the last number (tests/model/test_count.py).
 
 **Parameters.** A model is a bag of parts (`Parts`: name → numbers). `main` is the model that is served, `mtp` the extra
-modules that only training and speculation use, `active` what one token passes through: all of `main`, but of the experts
+modules that only training and speculative decoding use, `active` what one token passes through: all of `main`, but of the experts
 only `top_k`. The memory table is no parameter of the model and stands apart.
 
 Papers count the vocabulary matrix (V · D, once as embedding, once as head) differently, and active figures differ from totals:
@@ -199,8 +199,9 @@ def _site(config: ModelConfig) -> int:
 
 
 def _read_out(config: ModelConfig) -> int:
+    """From streams to one vector: learnt for mhc; HC takes the mean."""
     streams = config.residual.streams
-    return 0 if config.residual.kind == "plain" else streams * streams * config.dim + streams + 1
+    return streams * streams * config.dim + streams + 1 if config.residual.kind == "mhc" else 0
 
 
 def _engram(config: ModelConfig) -> Parts:
@@ -275,8 +276,9 @@ def _site_work(config: ModelConfig) -> float:
 
 
 def _read_out_work(config: ModelConfig) -> float:
-    streams, dim = config.residual.streams, config.dim
-    return 0.0 if config.residual.kind == "plain" else float(streams * dim * (streams + 1))
+    """Coefficients (mhc only) and the weighted sum."""
+    streams, kind = config.residual.streams, config.residual.kind
+    return 0.0 if kind == "plain" else float(streams * config.dim * (streams + 1 if kind == "mhc" else 1))
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------
@@ -292,7 +294,7 @@ class CacheSize(NamedTuple):
 
 
 def weight_bytes(count: ParameterCount) -> dict[str, int]:
-    """Bytes of main and MTP weights, table apart. "fp8": matrices but the router in one byte (scales, 0.01 %, left out), the rest bf16."""
+    """Bytes of main and MTP weights, table apart. "fp8": matrices but the router in one byte (scales, 0.02 %, left out), the rest bf16."""
     parts = count.main + count.mtp
     matrices = sum(parts[name] for name in MATRIX_PARTS - {"router"})
     return {"fp32": 4 * count.trained, "bf16": 2 * count.trained, "fp8": 2 * count.trained - matrices}

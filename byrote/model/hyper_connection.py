@@ -129,7 +129,9 @@ class FreeSite(nn.Module):
 
     def leave(self, streams_BTRD: Tensor, y_BTD: Tensor, carry: tuple[Tensor, Tensor]) -> Tensor:
         post_BTR, res_BTRQ = carry
-        return hyper_leave(streams_BTRD.flatten(0, 1), y_BTD.flatten(0, 1), post_BTR.flatten(0, 1), res_BTRQ.flatten(0, 1)).view(streams_BTRD.shape)
+        return hyper_leave(streams_BTRD.flatten(0, 1), y_BTD.flatten(0, 1), post_BTR.flatten(0, 1), res_BTRQ.flatten(0, 1)).view(
+            streams_BTRD.shape
+        )
 
 
 class MeanReadOut(nn.Module):

@@ -1,10 +1,10 @@
 """Every initial distribution, in one place. Reproducible from a seed on any device: numbers are drawn on the CPU in module order.
 
-    matrices, embedding, head, router     N(0, init_std)
-    norms, gains                          1
-    convolution of memory                 0 (Engram §4.1)
-    mHC, HC                               as the plain residual (see hyper_connection.py)
-    table rows                            N(0, engram.table_std), in memory/table.py
+matrices, embedding, head, router     N(0, init_std)
+norms, gains                          1
+convolution of memory                 0 (Engram §4.1)
+mHC, HC                               as the plain residual (see hyper_connection.py)
+table rows                            N(0, engram.table_std), in memory/table.py
 """
 
 import torch

@@ -13,7 +13,6 @@ and the peak give the MFU that a published run must have had (`implied_mfu`).
 Hours and prices of V3: arXiv 2412.19437, Table 1; of R1: arXiv 2501.12948 v2, Table 7.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,17 +29,16 @@ class Device:
 
     bf16: float
     fp8: float | None  # None: no FP8 units
-    memory_bytes: float
     price: float | None = None  # dollars an hour where a paper names one; otherwise the user must
 
 
 DEVICES: dict[str, Device] = {
-    "H800": Device(bf16=989.4e12, fp8=1978.9e12, memory_bytes=80e9, price=2.0),  # price: V3 and R1
-    "H100": Device(bf16=989.4e12, fp8=1978.9e12, memory_bytes=80e9),
-    "H200": Device(bf16=989.4e12, fp8=1978.9e12, memory_bytes=141e9),
-    "A100": Device(bf16=312e12, fp8=None, memory_bytes=80e9),
-    "B200": Device(bf16=2250e12, fp8=4500e12, memory_bytes=180e9),
-    "RTX 4090": Device(bf16=165.2e12, fp8=330.3e12, memory_bytes=24e9),
+    "H800": Device(bf16=989.4e12, fp8=1978.9e12, price=2.0),  # price: V3 and R1
+    "H100": Device(bf16=989.4e12, fp8=1978.9e12),
+    "H200": Device(bf16=989.4e12, fp8=1978.9e12),
+    "A100": Device(bf16=312e12, fp8=None),
+    "B200": Device(bf16=2250e12, fp8=4500e12),
+    "RTX 4090": Device(bf16=165.2e12, fp8=330.3e12),
 }
 
 
@@ -102,8 +100,6 @@ class PublishedRun(NamedTuple):
         return self.device_hours * self.price
 
 
-V3_HOURS_PER_TRILLION = 180e3  # H800-hours of V3's pre-training, as published
-
 PUBLISHED_RUNS: dict[str, PublishedRun] = {
     "v3": PublishedRun(
         "H800",
@@ -122,13 +118,3 @@ PUBLISHED_RUNS: dict[str, PublishedRun] = {
         "arXiv 2501.12948 v2, Table 7",
     ),
 }
-
-
-def parse_amount(text: str) -> float:
-    """"14.8T" → 14.8e12; suffixes K, M, B, T. Raises ValueError."""
-    units = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
-    suffix = text[-1:].upper()
-    amount = float(text[:-1]) * units[suffix] if suffix in units else float(text)
-    if not 0 < amount < float("inf"):
-        raise ValueError(f"{text} is no amount above zero")
-    return amount

@@ -29,6 +29,7 @@ class MLA(nn.Module):
     def __init__(self, dim: int, config: MLAConfig, eps: float) -> None:
         super().__init__()
         heads, c = config.num_heads, config
+        eps = eps if c.latent_norm_eps is None else c.latent_norm_eps
         self.config = config
         self.scale = c.qk_head_dim**-0.5 * softmax_factor(c.rope.yarn)
         if c.q_lora_rank is None:

@@ -122,14 +122,22 @@ class MoE(nn.Module):
         if self.shared is not None:
             out_ND = out_ND + self.shared(x_ND)
         notes = {"scores": scores_NE, "experts": choice.experts_NK, "load": load_E}
-        return out_ND.view(x_BTD.shape), {name: part if name == "load" else part.unflatten(0, x_BTD.shape[:2]) for name, part in notes.items()}
+        return out_ND.view(x_BTD.shape), {
+            name: part if name == "load" else part.unflatten(0, x_BTD.shape[:2]) for name, part in notes.items()
+        }
 
     def _route(self, x_ND: Tensor) -> tuple[Choice, Tensor]:
         c = self.config
         with torch.autocast(x_ND.device.type, enabled=False):
             scores_NE = SCORES[c.score](functional.linear(x_ND.float(), self.router.float()))
         choice = topk_gate(
-            scores_NE, self.bias, top_k=c.top_k, num_groups=c.num_groups, top_groups=c.top_groups, normalize=c.normalize_gate, route_scale=c.route_scale
+            scores_NE,
+            self.bias,
+            top_k=c.top_k,
+            num_groups=c.num_groups,
+            top_groups=c.top_groups,
+            normalize=c.normalize_gate,
+            route_scale=c.route_scale,
         )
         return choice, scores_NE
 

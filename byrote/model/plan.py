@@ -114,7 +114,9 @@ def _bytes(config: ModelConfig, counted: count.ParameterCount, matrix_rule: str,
     }
 
 
-def cost_plan(config: ModelConfig, *, sequence: int, tokens: float, device: str, peak: float, mfu: float, price: float | None) -> dict[str, Any]:
+def cost_plan(
+    config: ModelConfig, *, sequence: int, tokens: float, device: str, peak: float, mfu: float, price: float | None
+) -> dict[str, Any]:
     """Cost of training on `tokens`; `peak` is the FLOP/s of one `device`, `price` in dollars an hour."""
     cost = run_cost(tokens * count.training_flops(config, sequence), peak=peak, mfu=mfu, price=price)
     assumed = {"tokens": tokens, "sequence": sequence, "device": device, "peak_flops": peak, "mfu": mfu, "price_per_hour": price}
@@ -142,7 +144,8 @@ def _published_stage(stage: Stage, price: float, device: Device) -> dict[str, An
     row: dict[str, Any] = {"stage": stage.name, "device_hours": stage.device_hours, "dollars": stage.device_hours * price}
     if stage.tokens:
         flops = sum(tokens * count.training_flops(v3(), sequence) for tokens, sequence in stage.tokens)
-        row |= {"tokens": sum(tokens for tokens, _ in stage.tokens), "flops": flops}
+        tokens = sum(tokens for tokens, _ in stage.tokens)
+        row |= {"tokens": tokens, "flops": flops, "hours_per_trillion_tokens": stage.device_hours / tokens * 1e12}
         row["implied_mfu_bf16"] = implied_mfu(flops, stage.device_hours, device.bf16)
         row["implied_mfu_fp8"] = implied_mfu(flops, stage.device_hours, device.fp8) if device.fp8 else None
     return row

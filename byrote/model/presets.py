@@ -115,7 +115,9 @@ def base() -> ModelConfig:
 # --- mHC (arXiv 2512.24880, Table 5) and Engram (arXiv 2601.07372, Table 5) --------------------------------------------
 
 
-def _mhc(*, dim: int, num_layers: int, num_heads: int, num_experts: int, expert_hidden: int, engram: EngramConfig | None = None) -> ModelConfig:
+def _mhc(
+    *, dim: int, num_layers: int, num_heads: int, num_experts: int, expert_hidden: int, engram: EngramConfig | None = None
+) -> ModelConfig:
     return ModelConfig(
         vocab_size=VOCABULARY,
         dim=dim,
@@ -144,7 +146,9 @@ def mhc_27b() -> ModelConfig:
 
 def _engram_backbone(rows_per_order: int) -> ModelConfig:
     """mhc-27b with 55 experts and a memory at the paper's layers 2 and 15, which are blocks 1 and 14; their hash ids stay 2 and 15."""
-    memory = EngramConfig(layers=(1, 14), hash_layer_ids=(2, 15), rows_per_order=rows_per_order, head_dim=80, pad_token=2, table_dtype="bfloat16")
+    memory = EngramConfig(
+        layers=(1, 14), hash_layer_ids=(2, 15), rows_per_order=rows_per_order, head_dim=80, pad_token=2, table_dtype="bfloat16"
+    )
     return _mhc(dim=2560, num_layers=30, num_heads=32, num_experts=55, expert_hidden=1536, engram=memory)
 
 
@@ -167,9 +171,7 @@ def v3() -> ModelConfig:
         max_positions=163_840,
         attention=_mla(128, q_lora_rank=1536, kv_lora_rank=512, yarn=YarnConfig(factor=40.0, original_positions=4096)),
         ffn_hidden=18_432,
-        moe=MoEConfig(
-            num_experts=256, top_k=8, expert_hidden=2048, num_groups=8, top_groups=4, route_scale=2.5, num_dense_layers=3
-        ),
+        moe=MoEConfig(num_experts=256, top_k=8, expert_hidden=2048, num_groups=8, top_groups=4, route_scale=2.5, num_dense_layers=3),
         residual=ResidualConfig(kind="plain"),
         mtp=MTPConfig(),
         init_std=0.006,
@@ -321,7 +323,7 @@ _MHC, _ENGRAM, _V3 = "arXiv 2512.24880, Table 5", "arXiv 2601.07372, Table 5", "
 _V4, _ARTICLES = "arXiv 2606.19348, §4.2", "articles of early 2026"
 
 # V4-Pro's 1.6T is the main model rounded up (1.573T) or that with its MTP module (1.599T). V4-Flash's 284B is without one;
-# the report does not say which of the two holds for Pro, so both readings stand here.
+# the report does not say which of the two holds for Pro, so both readings stand here. Engram-27B's 5.7B is 5.792B cut off.
 PUBLISHED: dict[str, tuple[Published, ...]] = {
     "mhc-3b": (Published("total", 2.97e9, 5e6, _MHC), Published("active", 612e6, 5e5, _MHC, vocabulary=1)),
     "mhc-9b": (Published("total", 9.18e9, 5e6, _MHC), Published("active", 1.66e9, 5e6, _MHC, vocabulary=1)),

@@ -1,11 +1,11 @@
 """What each parameter is for, in words the optimizer understands; it never inspects layer classes.
 
-    embedding · head · norm · mix (mHC, HC) · conv · router          by name
-    matrix                a hidden matrix, orthogonalised whole
-    matrix_rows:H         H heads stacked along the outputs, each orthogonalised by itself
-    matrix_cols:H         the same along the inputs
-    matrix_pair           two matrices fused along the outputs (SwiGLU)
-    experts, experts_pair one matrix (pair) per expert, stacked in front
+embedding · head · norm · mix (mHC, HC) · conv · router          by name
+matrix                a hidden matrix, orthogonalised whole
+matrix_rows:H         H heads stacked along the outputs, each orthogonalised by itself
+matrix_cols:H         the same along the inputs
+matrix_pair           two matrices fused along the outputs (SwiGLU)
+experts, experts_pair one matrix (pair) per expert, stacked in front
 """
 
 from typing import TYPE_CHECKING

@@ -22,12 +22,16 @@ class Rotation(NamedTuple):
 
 
 def frequencies(dim: int, rope: RopeConfig) -> Tensor:
-    """float32 [K/2]."""
-    plain = rope.theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    """float32 [K/2], always made on the CPU, so that a model built on the meta device has them too.
+
+    Computed in float32 in the released order: weights were trained with these roundings, and exact ones would turn a pair by
+    0.002 more or less at position 160,000.
+    """
+    theta_K = rope.theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
     if rope.yarn is None:
-        return plain.float()
-    ramp = _yarn_ramp(dim, rope.theta, rope.yarn)
-    return (plain / rope.yarn.factor * ramp + plain * (1 - ramp)).float()
+        return 1.0 / theta_K
+    keep_K = 1.0 - _yarn_ramp(dim, rope.theta, rope.yarn)
+    return 1.0 / (rope.yarn.factor * theta_K) * (1.0 - keep_K) + 1.0 / theta_K * keep_K
 
 
 def _yarn_ramp(dim: int, theta: float, yarn: YarnConfig) -> Tensor:
@@ -38,8 +42,8 @@ def _yarn_ramp(dim: int, theta: float, yarn: YarnConfig) -> Tensor:
 
     low = max(math.floor(pair_of(yarn.beta_fast)), 0)
     high = min(math.ceil(pair_of(yarn.beta_slow)), dim - 1)
-    pairs = torch.arange(dim // 2, dtype=torch.float64)
-    return ((pairs - low) / max(high - low, 1e-3)).clamp(0, 1)
+    pairs_K = torch.arange(dim // 2, dtype=torch.float32, device="cpu")
+    return ((pairs_K - low) / ((high - low) or 1e-3)).clamp(0, 1)
 
 
 def _mscale(factor: float, mscale: float) -> float:

@@ -94,7 +94,9 @@ class DecodeState:
 
     def check_room(self, tokens: int) -> None:
         if self.max_tokens is not None and self.length + tokens > self.max_tokens:
-            raise CapacityError(f"{self.length} tokens so far and {tokens} more pass this state's limit of {self.max_tokens}; start a new state or shorten the prompt")
+            raise CapacityError(
+                f"{self.length} tokens so far and {tokens} more pass this state's limit of {self.max_tokens}; start a new state or shorten the prompt"
+            )
 
     def ngram_history(self) -> NgramHistory:
         """The last canonical ids and their documents, oldest first."""

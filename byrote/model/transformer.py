@@ -96,7 +96,9 @@ class Model(nn.Module):
             raise ConfigError(f"unknown extra {unknown[0]!r}; allowed: {', '.join(_WANTED)}")
         return frozenset(want)
 
-    def _batch(self, tokens_BT: Tensor, document_BT: Tensor | None, position_BT: Tensor | None, state: DecodeState | None, rows: Rows | None) -> Batch:
+    def _batch(
+        self, tokens_BT: Tensor, document_BT: Tensor | None, position_BT: Tensor | None, state: DecodeState | None, rows: Rows | None
+    ) -> Batch:
         if state is not None:
             state.check_room(tokens_BT.shape[1])
         if position_BT is None:
@@ -131,7 +133,9 @@ class Model(nn.Module):
 
     # ── losses ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _losses(self, output: Output, hidden_BTD: Tensor, targets_BT: Tensor, batch: Batch, notes: dict[str, Notes], want: frozenset[str]) -> Output:
+    def _losses(
+        self, output: Output, hidden_BTD: Tensor, targets_BT: Tensor, batch: Batch, notes: dict[str, Notes], want: frozenset[str]
+    ) -> Output:
         losses, extras = dict(output.losses), dict(output.extras)
         losses["next_token"], token_losses_BT = self._cross_entropy(hidden_BTD, targets_BT)
         if "token_losses" in want:
@@ -174,7 +178,9 @@ class Model(nn.Module):
 
     # ── around the forward ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def new_state(self, batch: int = 1, *, max_tokens: int | None = None, max_rollback: int = 16, dtype: torch.dtype | None = None) -> DecodeState:
+    def new_state(
+        self, batch: int = 1, *, max_tokens: int | None = None, max_rollback: int = 16, dtype: torch.dtype | None = None
+    ) -> DecodeState:
         """An empty memory of a text for `batch` rows."""
         c, weight = self.config, self.embed.weight
         engram = c.engram

@@ -76,7 +76,9 @@ def build_optimizers(model: HasRoles, optim: Any) -> "Optimizers":
     roles = model.param_roles()
     missing = [name for name in params if name not in roles]
     if missing:
-        raise ConfigError(f"param_roles() says nothing about {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}; give every parameter a role")
+        raise ConfigError(
+            f"param_roles() says nothing about {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}; give every parameter a role"
+        )
     treated = {name: treatment(roles[name]) for name in params}
     by_muon = {name for name in params if optim.matrix == "muon" and treated[name].is_matrix}
     kinds = {name: "muon" if name in by_muon else "adamw" for name in params}
@@ -107,19 +109,19 @@ class Optimizers:
     """Muon and AdamW side by side, stepped, scaled, saved and loaded as one."""
 
     def __init__(self, params: dict[str, nn.Parameter], kinds: dict[str, str], optimizers: dict[str, Optimizer]) -> None:
-        self._params, self._kinds, self._optimizers = params, kinds, optimizers
+        self._params, self._kinds, self.optimizers = params, kinds, optimizers
         for group in self._groups():
             group["peak_lr"] = group["lr"]
 
     def _groups(self) -> Iterable[dict[str, Any]]:
-        return (group for optimizer in self._optimizers.values() for group in optimizer.param_groups)
+        return (group for optimizer in self.optimizers.values() for group in optimizer.param_groups)
 
     def step(self) -> None:
-        for optimizer in self._optimizers.values():
+        for optimizer in self.optimizers.values():
             optimizer.step()
 
     def zero_grad(self) -> None:
-        for optimizer in self._optimizers.values():
+        for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
 
     def set_lr(self, scale: float) -> None:
@@ -130,9 +132,9 @@ class Optimizers:
     def state_dict(self) -> OptimizerState:
         """The live state, keyed `state/parameter`; parameters that never had a gradient have none. Rates are not part of it."""
         tensors = {
-            f"{key}/{name}": self._optimizers[kind].state[self._params[name]][key]
+            f"{key}/{name}": self.optimizers[kind].state[self._params[name]][key]
             for name, kind in self._kinds.items()
-            if self._optimizers[kind].state[self._params[name]]
+            if self.optimizers[kind].state[self._params[name]]
             for key in _STATE_KEYS[kind]
         }
         return OptimizerState(tensors, {"format": 1, "optimizers": dict(self._kinds)})
@@ -145,16 +147,16 @@ class Optimizers:
         if tensors:
             raise CheckpointError(f"optimizer state has tensors of no parameter: {', '.join(sorted(tensors)[:3])}")
         for name, entry in loaded.items():
-            self._optimizers[self._kinds[name]].state[self._params[name]] = entry
+            self.optimizers[self._kinds[name]].state[self._params[name]] = entry
 
     def _check_meta(self, meta: dict[str, Any]) -> None:
         if meta.get("format") != 1:
             raise CheckpointError(f"optimizer state has format {meta.get('format')!r}; this version reads format 1")
-        saved = meta["optimizers"]
-        for name in {**saved, **self._kinds}:
-            if saved.get(name) != self._kinds.get(name):
+        for name in {**meta["optimizers"], **self._kinds}:
+            there, here = (kinds.get(name, "absent") for kinds in (meta["optimizers"], self._kinds))
+            if there != here:
                 raise CheckpointError(
-                    f"optimizer state and model disagree on {name}: {saved.get(name, 'absent')} there, {self._kinds.get(name, 'absent')} here; "
+                    f"optimizer state and model disagree on {name}: {there} there, {here} here; "
                     "resume with the model and the optim.matrix of the saved run"
                 )
 

@@ -56,7 +56,10 @@ class RowwiseOptimizer:
     ) -> None:
         need = state_dim(rule, store.dim)
         if store.state_dim != need:
-            raise ConfigError(f"rule {rule!r} needs a table with {need} numbers of state per row, this one has {store.state_dim}; build it with state_dim={need}")
+            raise ConfigError(
+                f"rule {rule!r} needs a table with {need} numbers of state per row, this one has {store.state_dim}; "
+                f"build it with state_dim={need}"
+            )
         self.store, self.rule = store, rule
         self.peak_lr = self.lr = lr
         self.betas, self.eps = betas, eps

@@ -10,6 +10,8 @@ from byrote.data.config import DataConfig, SourceConfig
 from byrote.errors import ConfigError
 from byrote.model.config import ModelConfig
 
+__all__ = ["DataConfig", "OptimConfig", "RunConfig", "SourceConfig", "TrainConfig"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:

@@ -13,25 +13,25 @@
 
 
 /* Fills the tile with the streams of `n` tokens from `first`: copied from `old`, or mixed with y and written to `to`. */
-INLINE void fill_tile(const work *w, const sizes *s, long first, long n, const int R, const int bf16, const void *old, const void *y,
+INLINE void fill_tile(const work *w, const sizes *s, long first, long n, const int R, const int bf16, const int whole, const void *old, const void *y,
                       const float *post, const float *comb, void *to) {
     const long D = s->D, P = w->P;
     for (long t = 0; t < n; t++) {
         const long token = first + t;
-        float *f = w->flat + t * w->K;
+        float *f = w->flat + t * w->S;
         lanes square = {0};
         for (long d = 0; d < D; d += LANES) {
             lanes h[MAX_R];
 #pragma GCC unroll 4
-            for (int j = 0; j < R; j++) h[j] = load_row(row_at(old, token * R + j, D, bf16), d, D, bf16);
+            for (int j = 0; j < R; j++) h[j] = load_row(row_at(old, token * R + j, D, bf16, whole), d);
             if (y) {
-                lanes in = load_row(row_at(y, token, D, bf16), d, D, bf16);
+                lanes in = load_row(row_at(y, token, D, bf16, whole), d);
 #pragma GCC unroll 4
                 for (int k = 0; k < R; k++) {
                     lanes sum = post[token * R + k] * in;
 #pragma GCC unroll 4
                     for (int j = 0; j < R; j++) sum += comb[(token * R + j) * R + k] * h[j];
-                    sum = store_row((void *)row_at(to, token * R + k, D, bf16), d, D, bf16, sum);
+                    sum = store_row(row_at(to, token * R + k, D, bf16, whole), d, sum);
                     store(f + k * P + d, sum);
                     square += sum * sum;
                 }
@@ -47,13 +47,13 @@ INLINE void fill_tile(const work *w, const sizes *s, long first, long n, const i
 }
 
 /* x = sum_i pre_i h_i for the tokens of the tile. */
-INLINE void collapse(const work *w, const sizes *s, long first, long n, const int R, const int bf16, void *x) {
+INLINE void collapse(const work *w, const sizes *s, long first, long n, const int R, const int bf16, const int whole, void *x) {
     for (long t = 0; t < n; t++)
         for (long d = 0; d < s->D; d += LANES) {
             lanes sum = {0};
 #pragma GCC unroll 4
-            for (int i = 0; i < R; i++) sum += w->coef[i * TILE + t] * load(w->flat + t * w->K + i * w->P + d);
-            store_row((void *)row_at(x, first + t, s->D, bf16), d, s->D, bf16, sum);
+            for (int i = 0; i < R; i++) sum += w->coef[i * TILE + t] * load(w->flat + t * w->S + i * w->P + d);
+            store_row(row_at(x, first + t, s->D, bf16, whole), d, sum);
         }
 }
 
@@ -77,9 +77,9 @@ typedef struct {
     float *post_out, *comb_out, *z, *inverse_rms;
 } forward_data;
 
-INLINE void forward_tile(work *w, const sizes *s, const forward_data *a, long first, long n, const int R, const int bf16) {
+INLINE void forward_tile(work *w, const sizes *s, const forward_data *a, long first, long n, const int R, const int bf16, const int whole) {
     const int M = s->M;
-    fill_tile(w, s, first, n, R, bf16, a->old, a->y, a->post, a->comb, a->streams);
+    fill_tile(w, s, first, n, R, bf16, whole, a->old, a->y, a->post, a->comb, a->streams);
     if (!a->fn) return;
     project(w, M, n);
     for (long t = 0; t < n; t++) {
@@ -91,7 +91,7 @@ INLINE void forward_tile(work *w, const sizes *s, const forward_data *a, long fi
     coefficients(w, a->base, a->scale, R, M, s->iters, s->eps);
     if (M > R) write_rows(a->post_out, w->coef + R * TILE, first, n, R);
     if (M > R) write_rows(a->comb_out, w->coef + 2 * R * TILE, first, n, R * R);
-    collapse(w, s, first, n, R, bf16, a->x);
+    collapse(w, s, first, n, R, bf16, whole, a->x);
 }
 
 typedef struct {
@@ -107,18 +107,18 @@ typedef struct {
 } backward_data;
 
 /* grad = d_streams + pre d_x, row by row; w->pull[i] receives <d_x, h_i>, the cotangent of pre. */
-INLINE void collapse_back(const work *w, const sizes *s, const backward_data *a, long first, long n, const int R, const int bf16) {
+INLINE void collapse_back(const work *w, const sizes *s, const backward_data *a, long first, long n, const int R, const int bf16, const int whole) {
     const long D = s->D;
     memset(w->pull, 0, sizeof(float) * R * TILE);
     for (long t = 0; t < n; t++) {
         lanes dot[MAX_R] = {0};
-        float *grad = w->grad + t * w->K;
-        const float *f = w->flat + t * w->K;
+        float *grad = w->grad + t * w->S;
+        const float *f = w->flat + t * w->S;
         for (long d = 0; d < D; d += LANES) {
-            lanes dx = a->d_x ? load_row(row_at(a->d_x, first + t, D, bf16), d, D, bf16) : splat(0);
+            lanes dx = a->d_x ? load_row(row_at(a->d_x, first + t, D, bf16, whole), d) : splat(0);
 #pragma GCC unroll 4
             for (int i = 0; i < R; i++) {
-                lanes above = a->d_streams ? load_row(row_at(a->d_streams, (first + t) * R + i, D, bf16), d, D, bf16) : splat(0);
+                lanes above = a->d_streams ? load_row(row_at(a->d_streams, (first + t) * R + i, D, bf16, whole), d) : splat(0);
                 if (a->fn) above += w->coef[i * TILE + t] * dx;
                 if (a->fn) dot[i] += dx * load(f + i * w->P + d);
                 store(grad + i * w->P + d, above);
@@ -129,30 +129,30 @@ INLINE void collapse_back(const work *w, const sizes *s, const backward_data *a,
 }
 
 /* The tile's cotangent through h'_k = post_k y + sum_j comb[j, k] h_j. */
-INLINE void leave_back(const work *w, const sizes *s, const backward_data *a, long first, long n, const int R, const int bf16) {
+INLINE void leave_back(const work *w, const sizes *s, const backward_data *a, long first, long n, const int R, const int bf16, const int whole) {
     const long D = s->D;
     for (long t = 0; t < n; t++) {
         const long token = first + t;
-        const float *post = a->post + token * R, *comb = a->comb + token * R * R, *grad = w->grad + t * w->K;
+        const float *post = a->post + token * R, *comb = a->comb + token * R * R, *grad = w->grad + t * w->S;
         lanes d_comb[MAX_R * MAX_R] = {0}, d_post[MAX_R] = {0};
         for (long d = 0; d < D; d += LANES) {
-            lanes g[MAX_R], y = load_row(row_at(a->y, token, D, bf16), d, D, bf16), d_y = {0};
+            lanes g[MAX_R], y = load_row(row_at(a->y, token, D, bf16, whole), d), d_y = {0};
 #pragma GCC unroll 4
             for (int k = 0; k < R; k++) {
                 g[k] = load(grad + k * w->P + d);
                 d_post[k] += y * g[k];
                 d_y += post[k] * g[k];
             }
-            store_row((void *)row_at(a->d_y, token, D, bf16), d, D, bf16, d_y);
+            store_row(row_at(a->d_y, token, D, bf16, whole), d, d_y);
 #pragma GCC unroll 4
             for (int j = 0; j < R; j++) {
-                lanes h = load_row(row_at(a->old, token * R + j, D, bf16), d, D, bf16), d_h = {0};
+                lanes h = load_row(row_at(a->old, token * R + j, D, bf16, whole), d), d_h = {0};
 #pragma GCC unroll 4
                 for (int k = 0; k < R; k++) {
                     d_comb[j * R + k] += h * g[k];
                     d_h += comb[j * R + k] * g[k];
                 }
-                store_row((void *)row_at(a->d_old, token * R + j, D, bf16), d, D, bf16, d_h);
+                store_row(row_at(a->d_old, token * R + j, D, bf16, whole), d, d_h);
             }
         }
         for (int k = 0; k < R; k++) a->d_post[token * R + k] = sum_lanes(d_post[k]);
@@ -160,16 +160,16 @@ INLINE void leave_back(const work *w, const sizes *s, const backward_data *a, lo
     }
 }
 
-INLINE void backward_tile(work *w, const sizes *s, const backward_data *a, long first, long n, const int R, const int bf16) {
+INLINE void backward_tile(work *w, const sizes *s, const backward_data *a, long first, long n, const int R, const int bf16, const int whole) {
     const int M = s->M;
     float inverse_rms[TILE] = {0};
     if (a->fn) {
-        fill_tile(w, s, first, n, R, bf16, a->streams, NULL, NULL, NULL, NULL);
+        fill_tile(w, s, first, n, R, bf16, whole, a->streams, NULL, NULL, NULL, NULL);
         read_rows(w->z, a->z, first, n, M);
         memcpy(inverse_rms, a->inverse_rms + first, n * sizeof(float));
         coefficients(w, a->base, a->scale, R, R, 0, s->eps);
     }
-    collapse_back(w, s, a, first, n, R, bf16);
+    collapse_back(w, s, a, first, n, R, bf16, whole);
     if (a->fn) {
         if (M > R) read_rows(w->pull + R * TILE, a->d_post_out, first, n, R);
         if (M > R) read_rows(w->pull + 2 * R * TILE, a->d_comb_out, first, n, R * R);
@@ -177,40 +177,57 @@ INLINE void backward_tile(work *w, const sizes *s, const backward_data *a, long 
         project_back(w, M, n);
     }
     if (a->y) {
-        leave_back(w, s, a, first, n, R, bf16);
+        leave_back(w, s, a, first, n, R, bf16, whole);
         return;
     }
     for (long t = 0; t < n; t++)
         for (int i = 0; i < R; i++)
             for (long d = 0; d < s->D; d += LANES)
-                store_row((void *)row_at(a->d_old, (first + t) * R + i, s->D, bf16), d, s->D, bf16, load(w->grad + t * w->K + i * w->P + d));
+                store_row(row_at(a->d_old, (first + t) * R + i, s->D, bf16, whole), d, load(w->grad + t * w->S + i * w->P + d));
 }
 
 /* ---- work space, parts, entry points ---- */
 
 /* Pointers into one zeroed block for one part; only the size when `block` is NULL. */
-static size_t place(work *w, const sizes *s, char *block) {
-    const long P = (s->D + LANES - 1) / LANES * LANES, K = P * s->R;
-    const size_t tile = sizeof(float) * TILE;
+static size_t place(work *w, const sizes *s, int backward, char *block) {
+    const long P = (s->D + LANES - 1) / LANES * LANES, K = P * s->R, S = (K / LANES | 1) * LANES, tokens = min_long(TILE, (s->N + GROUP - 1) / GROUP * GROUP);
+    const size_t tile = sizeof(float) * TILE, flat = sizeof(float) * tokens * S, rows = tile * s->M;
+    const struct {
+        float **field;
+        size_t bytes;
+    } plan[] = {
+        {&w->flat, flat},
+        {&w->z, rows},
+        {&w->coef, rows},
+        {&w->square, tile},
+        {&w->grad, backward * flat},
+        {&w->pull, backward * rows},
+        {&w->dfn, backward * sizeof(float) * s->M * S},
+        {&w->dbase, backward * rows},
+        {&w->dscale, backward * tile * 3},
+        {&w->path, backward * sizeof(lanes) * sinkhorn_path_lanes(s->R, s->iters)},
+    };
     size_t used = 0;
-    float **const fields[] = {&w->flat, &w->grad, &w->dfn, &w->z, &w->pull, &w->coef, &w->dbase, &w->square, &w->dscale, (float **)&w->path};
-    const size_t bytes[] = {tile * K, tile * K, sizeof(float) * s->M * K, tile * s->M, tile * s->M, tile * s->M, tile * s->M,
-                            tile, tile * 3, sizeof(lanes) * sinkhorn_path_lanes(s->R, s->iters)};
     w->P = P;
     w->K = K;
-    for (int i = 0; i < 10; i++) {
-        if (block) *fields[i] = (float *)(block + used);
-        used += (bytes[i] + 63) / 64 * 64;
+    w->S = S;
+    for (size_t i = 0; i < sizeof plan / sizeof *plan; i++) {
+        if (block) *plan[i].field = (float *)(block + used);
+        used += (plan[i].bytes + 63) / 64 * 64;
     }
     return used;
 }
 
-/* fn with every row of D padded to P; fn itself where nothing is missing. NULL: no memory. */
-static const float *pad_fn(const float *fn, long rows, long D, long P) {
-    if (D == P) return fn;
-    float *padded = calloc(rows * P, sizeof(float));
-    for (long r = 0; padded && r < rows; r++) memcpy(padded + r * P, fn + r * D, D * sizeof(float));
-    return padded;
+/* fn with rows of R pieces of P numbers, S apart; NULL: no memory. A few tokens take fn as it is, if that has no ragged ends. */
+static const float *pack_fn(const float *fn, const sizes *s, work *w) {
+    w->fn_stride = s->R * s->D;
+    if (w->P == s->D && s->N <= 4 * TILE) return fn;
+    float *packed = aligned_alloc(64, s->M * w->S * sizeof(float));
+    w->fn_stride = w->S;
+    if (packed) memset(packed, 0, s->M * w->S * sizeof(float));
+    for (long piece = 0; packed && piece < s->M * s->R; piece++)
+        memcpy(packed + piece / s->R * w->S + piece % s->R * w->P, fn + piece * s->D, s->D * sizeof(float));
+    return packed;
 }
 
 static void sum_parts(const work *w, const sizes *s, const backward_data *a) {
@@ -220,7 +237,7 @@ static void sum_parts(const work *w, const sizes *s, const backward_data *a) {
         for (int i = 0; i < R; i++)
             for (long d = 0; d < s->D; d++) {
                 float total = 0;
-                for (int p = 0; p < s->threads; p++) total += w[p].dfn[m * w[p].K + i * w[p].P + d];
+                for (int p = 0; p < s->threads; p++) total += w[p].dfn[m * w[p].S + i * w[p].P + d];
                 a->d_fn[(m * R + i) * s->D + d] = total;
             }
         a->d_base[m] = 0;
@@ -234,46 +251,43 @@ static void sum_parts(const work *w, const sizes *s, const backward_data *a) {
     }
 }
 
-INLINE void run_part(work *w, const sizes *s, int part, const forward_data *f, const backward_data *b, const int R, const int bf16) {
+INLINE void run_part(work *w, const sizes *s, int part, const forward_data *f, const backward_data *b, const int R, const int bf16, const int whole) {
     const long tiles = (s->N + TILE - 1) / TILE, end = tiles * (part + 1) / s->threads;
     for (long tile = tiles * part / s->threads; tile < end; tile++) {
         const long first = tile * TILE, n = min_long(TILE, s->N - first);
-        if (f) forward_tile(w, s, f, first, n, R, bf16);
-        else backward_tile(w, s, b, first, n, R, bf16);
+        if (f) forward_tile(w, s, f, first, n, R, bf16, whole);
+        else backward_tile(w, s, b, first, n, R, bf16, whole);
     }
 }
 
-static void run_forward(work *w, const sizes *s, int part, const forward_data *a) {
-    if (s->R == 4 && s->bf16) run_part(w, s, part, a, NULL, 4, 1);
-    else if (s->R == 4) run_part(w, s, part, a, NULL, 4, 0);
-    else run_part(w, s, part, a, NULL, s->R, s->bf16);
-}
-
-static void run_backward(work *w, const sizes *s, int part, const backward_data *a) {
-    if (s->R == 4 && s->bf16) run_part(w, s, part, NULL, a, 4, 1);
-    else if (s->R == 4) run_part(w, s, part, NULL, a, 4, 0);
-    else run_part(w, s, part, NULL, a, s->R, s->bf16);
+static void run_any(work *w, const sizes *s, int part, const forward_data *f, const backward_data *b) {
+    const int fast = s->R == 4 && s->D % LANES == 0;
+    if (fast && f && s->bf16) run_part(w, s, part, f, NULL, 4, 1, 1);
+    else if (fast && f) run_part(w, s, part, f, NULL, 4, 0, 1);
+    else if (fast && s->bf16) run_part(w, s, part, NULL, b, 4, 1, 1);
+    else if (fast) run_part(w, s, part, NULL, b, 4, 0, 1);
+    else run_part(w, s, part, f, b, s->R, s->bf16, 0);
 }
 
 /* 0, or 1 when memory ran out. */
 static int run(const sizes *s, const float *fn, const forward_data *f, const backward_data *b) {
     work shape, *parts = calloc(s->threads, sizeof(work));
-    const size_t bytes = place(&shape, s, NULL);
+    const size_t bytes = place(&shape, s, b != NULL, NULL);
     char *block = aligned_alloc(64, bytes * s->threads);
-    const float *padded = fn ? pad_fn(fn, (long)s->M * s->R, s->D, shape.P) : NULL;
-    const int failed = !parts || !block || (fn && !padded);
+    const float *packed = fn ? pack_fn(fn, s, &shape) : NULL;
+    const int failed = !parts || !block || (fn && !packed);
     if (!failed) {
 #pragma omp parallel for schedule(static) num_threads(s->threads)
         for (int part = 0; part < s->threads; part++) {
             memset(block + part * bytes, 0, bytes);
-            place(&parts[part], s, block + part * bytes);
-            parts[part].fn = padded;
-            if (f) run_forward(&parts[part], s, part, f);
-            else run_backward(&parts[part], s, part, b);
+            place(&parts[part], s, b != NULL, block + part * bytes);
+            parts[part].fn = packed;
+            parts[part].fn_stride = shape.fn_stride;
+            run_any(&parts[part], s, part, f, b);
         }
         if (b && fn) sum_parts(parts, s, b);
     }
-    if (padded != fn) free((void *)padded);
+    if (packed != fn) free((void *)packed);
     free(block);
     free(parts);
     return failed;

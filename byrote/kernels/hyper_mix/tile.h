@@ -1,7 +1,8 @@
 /* A tile of TILE tokens and what is done with it while it lies in cache: products with fn, coefficients, and their backward.
 
-   N tokens, R streams, D model, P = D rounded up to LANES, K = R * P, M = rows of fn (R * (R + 2), or R to read out). In
-   [m][TILE] arrays the token runs fastest, so that one lane is one token. Tokens beyond the end of a tile hold zeros or
+   N tokens, R streams, D model, P = D rounded up to LANES, K = R * P, M = rows of fn (R * (R + 2), or R to read out). Rows of
+   K numbers lie S apart, an odd number of cache lines, so that rows worked on together do not evict each other. In [m][TILE]
+   arrays the token runs fastest, so that one lane is one token. Tokens beyond the end of a tile hold zeros or
    leftovers; whatever is computed from them is never written. */
 
 #pragma once
@@ -20,8 +21,9 @@ typedef struct {
 } sizes;
 
 typedef struct {
-    long P, K;
-    const float *fn; /* [M][K], rows padded like the tile */
+    long P, K, S;
+    long fn_stride;
+    const float *fn; /* [M][K] */
     float *flat;     /* [TILE][K] streams entering the site */
     float *grad;     /* [TILE][K] their cotangent */
     float *z;        /* [M][TILE] */
@@ -31,25 +33,23 @@ typedef struct {
     float *dfn;      /* [M][K], this part's sum */
     float *dbase;    /* [M][TILE], before the sum over the lanes */
     float *dscale;   /* [3][TILE] */
-    lanes *path;     /* Sinkhorn's */
+    float *path;     /* Sinkhorn's */
 } work;
 
 static inline long min_long(long a, long b) { return a < b ? a : b; }
 
-INLINE const char *row_at(const void *base, long row, long D, int bf16) { return (const char *)base + row * D * (bf16 ? 2 : 4); }
-
 /* ---- products with fn: GROUP tokens at a time, so that each number loaded is used several times ---- */
 
 /* z[o][t] += <f_t, fn_o> over `length` numbers, GROUP tokens by `outs` rows. */
-INLINE void dot_block(const float *f, const float *fn, float *z, long K, long length, const int outs) {
+INLINE void dot_block(const float *f, long S, const float *fn, long fn_stride, float *z, long length, const int outs) {
     lanes sum[GROUP][6] = {0};
     for (long k = 0; k < length; k += LANES) {
         lanes w[6];
 #pragma GCC unroll 6
-        for (int o = 0; o < outs; o++) w[o] = load(fn + o * K + k);
+        for (int o = 0; o < outs; o++) w[o] = load(fn + o * fn_stride + k);
 #pragma GCC unroll 4
         for (int t = 0; t < GROUP; t++) {
-            lanes v = load(f + t * K + k);
+            lanes v = load(f + t * S + k);
 #pragma GCC unroll 6
             for (int o = 0; o < outs; o++) sum[t][o] += v * w[o];
         }
@@ -68,47 +68,51 @@ static void project(const work *w, int M, long n) {
         for (int m = 0, outs; m < M; m += outs) {
             outs = M - m >= 6 ? 6 : M - m >= 4 ? 4 : 1;
             for (long t = 0; t < n; t += GROUP) {
-                const float *f = w->flat + t * K + k, *fn = w->fn + m * K + k;
+                const float *f = w->flat + t * w->S + k, *fn = w->fn + m * w->fn_stride + k;
                 float *z = w->z + m * TILE + t;
-                if (outs == 6) dot_block(f, fn, z, K, length, 6);
-                else if (outs == 4) dot_block(f, fn, z, K, length, 4);
-                else dot_block(f, fn, z, K, length, 1);
+                if (outs == 6) dot_block(f, w->S, fn, w->fn_stride, z, length, 6);
+                else if (outs == 4) dot_block(f, w->S, fn, w->fn_stride, z, length, 4);
+                else dot_block(f, w->S, fn, w->fn_stride, z, length, 1);
             }
         }
     }
 }
 
-/* grad_t += sum_m pull[m][t] fn_m + own_t f_t on `vecs` vectors, GROUP tokens. */
-INLINE void pull_block(float *grad, const float *f, const float *fn, const float *pull, const float *own, long K, int M, const int vecs) {
+/* grad_t += sum_m pull[m][t] fn_m + own_t f_t on `vecs` vectors from number k, GROUP tokens from t. */
+INLINE void pull_block(const work *w, int M, long t0, long k, const int vecs) {
+    const float *f = w->flat + t0 * w->S + k, *fn = w->fn + k, *pull = w->pull + t0, *own = w->square + t0;
+    float *grad = w->grad + t0 * w->S + k;
     lanes sum[GROUP][4];
 #pragma GCC unroll 4
     for (int t = 0; t < GROUP; t++)
 #pragma GCC unroll 4
-        for (int v = 0; v < vecs; v++) sum[t][v] = load(grad + t * K + v * LANES) + own[t] * load(f + t * K + v * LANES);
+        for (int v = 0; v < vecs; v++) sum[t][v] = load(grad + t * w->S + v * LANES) + own[t] * load(f + t * w->S + v * LANES);
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
         for (int v = 0; v < vecs; v++) {
-            lanes w = load(fn + m * K + v * LANES);
+            lanes row = load(fn + m * w->fn_stride + v * LANES);
 #pragma GCC unroll 4
-            for (int t = 0; t < GROUP; t++) sum[t][v] += pull[m * TILE + t] * w;
+            for (int t = 0; t < GROUP; t++) sum[t][v] += pull[m * TILE + t] * row;
         }
 #pragma GCC unroll 4
     for (int t = 0; t < GROUP; t++)
 #pragma GCC unroll 4
-        for (int v = 0; v < vecs; v++) store(grad + t * K + v * LANES, sum[t][v]);
+        for (int v = 0; v < vecs; v++) store(grad + t * w->S + v * LANES, sum[t][v]);
 }
 
-/* dfn_o += sum_t pull[o][t] f_t on `vecs` vectors. */
-INLINE void weight_block(float *dfn, const float *f, const float *pull, long K, long n, const int outs, const int vecs) {
+/* dfn_o += sum_t pull[o][t] f_t on `vecs` vectors from number k, `outs` rows from m. */
+INLINE void weight_block(const work *w, int m, long n, long k, const int outs, const int vecs) {
+    const float *f = w->flat + k, *pull = w->pull + m * TILE;
+    float *dfn = w->dfn + m * w->S + k;
     lanes sum[6][4];
 #pragma GCC unroll 6
     for (int o = 0; o < outs; o++)
 #pragma GCC unroll 4
-        for (int v = 0; v < vecs; v++) sum[o][v] = load(dfn + o * K + v * LANES);
+        for (int v = 0; v < vecs; v++) sum[o][v] = load(dfn + o * w->S + v * LANES);
     for (long t = 0; t < n; t++) {
         lanes x[4];
 #pragma GCC unroll 4
-        for (int v = 0; v < vecs; v++) x[v] = load(f + t * K + v * LANES);
+        for (int v = 0; v < vecs; v++) x[v] = load(f + t * w->S + v * LANES);
 #pragma GCC unroll 6
         for (int o = 0; o < outs; o++)
 #pragma GCC unroll 4
@@ -117,19 +121,14 @@ INLINE void weight_block(float *dfn, const float *f, const float *pull, long K, 
 #pragma GCC unroll 6
     for (int o = 0; o < outs; o++)
 #pragma GCC unroll 4
-        for (int v = 0; v < vecs; v++) store(dfn + o * K + v * LANES, sum[o][v]);
+        for (int v = 0; v < vecs; v++) store(dfn + o * w->S + v * LANES, sum[o][v]);
 }
 
 INLINE void project_back_at(const work *w, int M, long n, long k, const int vecs) {
-    const long K = w->K;
-    for (long t = 0; t < n; t += GROUP)
-        pull_block(w->grad + t * K + k, w->flat + t * K + k, w->fn + k, w->pull + t, w->square + t, K, M, vecs);
-    for (int m = 0, outs; m < M; m += outs) {
-        outs = M - m >= 6 ? 6 : 1;
-        float *dfn = w->dfn + m * K + k;
-        if (outs == 6) weight_block(dfn, w->flat + k, w->pull + m * TILE, K, n, 6, vecs);
-        else weight_block(dfn, w->flat + k, w->pull + m * TILE, K, n, 1, vecs);
-    }
+    int m = 0;
+    for (long t = 0; t < n; t += GROUP) pull_block(w, M, t, k, vecs);
+    for (; m + 6 <= M; m += 6) weight_block(w, m, n, k, 6, vecs);
+    for (; m < M; m++) weight_block(w, m, n, k, 1, vecs);
 }
 
 static void project_back(const work *w, int M, long n) {
@@ -165,7 +164,7 @@ INLINE void coefficients_back(const work *w, const float *inverse_rms, const flo
             mixes[i] = load(w->z + (2 * R + i) * TILE + t) * scale[2] + base[2 * R + i];
             grad[i] = load(w->pull + (2 * R + i) * TILE + t);
         }
-        if (M > R) sinkhorn_back_lanes(grad, mixes, w->path, R, s->iters, s->eps);
+        if (M > R) sinkhorn_back_lanes(grad, mixes, (lanes *)w->path, R, s->iters, s->eps);
         for (int m = 0; m < M; m++) {
             const int part = m < R ? 0 : m < 2 * R ? 1 : 2, at = m * TILE + t;
             lanes z = load(w->z + at), g;

@@ -34,16 +34,17 @@ INLINE void backward_group(long first, long n, int R, int iters, float eps, cons
     scatter(out, pulled, first, n, R * R);
 }
 
-void sinkhorn_forward(int threads, long N, int R, int iters, float eps, const float *logits, float *mixes) {
+/* Both return 0, or 1 when memory ran out. */
+int sinkhorn_forward(int threads, long N, int R, int iters, float eps, const float *logits, float *mixes) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long first = 0; first < N; first += LANES) {
         long n = N - first < LANES ? N - first : LANES;
         if (R == 4) forward_group(first, n, 4, iters, eps, logits, mixes);
         else forward_group(first, n, R, iters, eps, logits, mixes);
     }
+    return 0;
 }
 
-/* 0, or 1 when memory ran out. */
 int sinkhorn_backward(int threads, long N, int R, int iters, float eps, const float *logits, const float *grad, float *out) {
     const size_t path_bytes = (sinkhorn_path_lanes(R, iters) * sizeof(lanes) + 63) / 64 * 64;
     char *paths = aligned_alloc(64, path_bytes * threads);

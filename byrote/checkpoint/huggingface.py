@@ -1,0 +1,310 @@
+"""DeepSeek-V3 models in and out: a folder of the Hugging Face form, or transformers' own class in memory.
+
+    folder       import_hf ──► Model ──► export_hf           no transformers needed; MTP included
+    hf_model     from_transformers ──► Model ──► to_transformers
+
+Numbers are moved, never computed with: every tensor keeps its dtype and bits, there and back. Names and regions are in
+`v3_names`, the configuration in `v3_config`, files in `safetensors_folder`. Reading a folder needs memory for the model and one
+tensor, writing one for nothing beyond the model.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from byrote.checkpoint.atomic import replacing_folder, standing
+from byrote.checkpoint.safetensors_folder import DTYPES, INDEX, Header, file_names, read_headers, read_json, shards, stream, write_json, write_shards
+from byrote.checkpoint.tensors import tensor_bytes
+from byrote.checkpoint.v3_config import check_expressible, config_from_v3, config_to_v3, ignored_keys, mtp_layers
+from byrote.checkpoint.v3_names import Piece, v3_pieces
+from byrote.device import check_disk, check_memory
+from byrote.errors import CheckpointError, ConfigError
+from byrote.model.config import ModelConfig
+from byrote.model.transformer import Model
+from byrote.tokenizer.bpe import TOKENIZER_FILE, Tokenizer
+from byrote.tokenizer.bpe import CONFIG_FILE as TOKENIZER_CONFIG_FILE
+
+CONFIG_FILE = "config.json"
+MAX_SHARD_BYTES = 5 * 1000**3
+OLDEST_TRANSFORMERS = (5, 17)
+
+Report = Callable[[str], None]
+
+
+def _say_nothing(status: str) -> None:
+    pass
+
+
+# --- transformers' class in memory ------------------------------------------------------------------------------------
+
+
+def from_transformers(hf_model: Any) -> Model:
+    """The same model as a `DeepseekV3ForCausalLM`, in its dtypes and on its device; nothing is shared with it.
+
+    The class holds no MTP modules, whatever its configuration announces, so the result has none. ConfigError for other classes
+    and for configurations byrote cannot honour.
+    """
+    config = config_from_v3({**hf_model.config.to_dict(), "num_nextn_predict_layers": 0})
+    tensors = hf_model.state_dict()
+    pieces = v3_pieces(config, stacked=True)
+    model = _skeleton(config)
+    _check_names(pieces, tensors, "the model")
+    _check_shapes(pieces, model, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, "the model")
+    return _filled(model, pieces, ((name, tensor) for name, tensor in tensors.items()))
+
+
+def to_transformers(model: Model) -> Any:
+    """The same model as a `DeepseekV3ForCausalLM`, in its dtypes and on its device; nothing is shared with it.
+
+    The class has no place for MTP modules: they are left out with a warning; `export_hf` writes them. ConfigError names every
+    part that V3 cannot express, or says how to install transformers.
+    """
+    check_expressible(model.config)
+    transformers = _transformers()
+    if model.mtp:
+        warnings.warn(f"transformers' class holds no MTP modules: {len(model.mtp)} left out (export_hf writes them)", stacklevel=2)
+    config = replace(model.config, mtp=None)
+    hf_config = transformers.DeepseekV3Config.from_dict(config_to_v3(config, _dtype_name(model)))
+    with torch.device("meta"):
+        hf_model = transformers.DeepseekV3ForCausalLM(hf_config)
+    ours = model.state_dict()
+    tensors = {piece.name: piece.of(ours[piece.target]).detach().clone() for piece in v3_pieces(config, stacked=True)}
+    hf_model.load_state_dict(tensors, strict=True, assign=True)
+    rotary = hf_model.model.rotary_emb  # its buffers are in no state_dict
+    hf_model.model.rotary_emb = type(rotary)(hf_config).to(model.embed.weight.device)
+    return hf_model.train(model.training)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise ConfigError("this needs transformers, which is not installed: pip install byrote[hf]") from None
+    version = transformers.__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRANSFORMERS:
+        raise ConfigError(f"transformers is {version}; byrote exchanges models with 5.17 and later: pip install --upgrade byrote[hf]")
+    return transformers
+
+
+# --- a folder → Model -------------------------------------------------------------------------------------------------
+
+
+class Inspected(NamedTuple):
+    """What an import of a folder will bring. No weight has been read."""
+
+    config: ModelConfig
+    headers: dict[str, Header]
+    num_bytes: int  # of the model
+    has_tokenizer: bool
+    notes: list[str]  # what will not come along
+
+
+def inspect_hf(folder: str | Path) -> Inspected:
+    """Check configuration, names, shapes and dtypes. ConfigError or CheckpointError says what is in the way."""
+    folder = standing(Path(folder).expanduser())
+    data = read_json(folder / CONFIG_FILE)
+    notes = [f"{CONFIG_FILE} has keys byrote does not know, whose meaning is lost: {', '.join(found)}"] if (found := ignored_keys(data)) else []
+    config, headers = config_from_v3(data), read_headers(folder)
+    if config.mtp and not any(name.startswith(_mtp_prefixes(config)) for name in headers):
+        notes.append(f"{CONFIG_FILE} announces {mtp_layers(data)} MTP layers and the files hold none: imported without")
+        config = config_from_v3({**data, "num_nextn_predict_layers": 0})
+    pieces, model = v3_pieces(config), _skeleton(config)
+    _check_names(pieces, headers, str(folder))
+    _check_shapes(pieces, model, {name: header.shape for name, header in headers.items()}, str(folder))
+    _check_dtypes(pieces, headers, folder)
+    num_bytes = sum(piece.of(tensor).numel() * DTYPES[headers[piece.name].dtype].itemsize for piece, tensor in _owned(pieces, model))
+    return Inspected(config, headers, num_bytes, (folder / TOKENIZER_FILE).exists(), notes)
+
+
+def import_hf(folder: str | Path, *, report: Report = _say_nothing) -> Model:
+    """Read a DeepSeek-V3 folder into a model on the CPU, tensor by tensor; `report` hears how far it is.
+
+    Raises what `inspect_hf` raises, before any weight is read, and CapacityError if the model does not fit into memory.
+    """
+    folder = standing(Path(folder).expanduser())
+    found = inspect_hf(folder)
+    check_memory(found.num_bytes, f"importing {folder}")
+    pieces = v3_pieces(found.config)
+    copies = {piece.name for piece in pieces if piece.is_copy}
+    read = {name: header for name, header in found.headers.items() if name not in copies}
+    model = _filled(_skeleton(found.config), pieces, _counted(stream(folder, read), len(read), report))
+    _check_copies(model, pieces, stream(folder, {name: found.headers[name] for name in copies if name in found.headers}))
+    return model
+
+
+def import_tokenizer(folder: str | Path, config: ModelConfig) -> Tokenizer:
+    """The folder's tokenizer. DataError if byrote cannot use it, CheckpointError if it has more tokens than the model."""
+    tokenizer = Tokenizer.load(folder)
+    _check_vocabulary(tokenizer, config)
+    return tokenizer
+
+
+def _skeleton(config: ModelConfig) -> Model:
+    """The modules without storage."""
+    with torch.device("meta"):
+        return Model(config)
+
+
+def _filled(model: Model, pieces: list[Piece], tensors: Iterable[tuple[str, Tensor]]) -> Model:
+    """Give the skeleton its numbers. A router's bias stays fp32, in which its small steps are not lost."""
+    by_name = {piece.name: piece for piece in pieces}
+    shapes, ours = model.state_dict(), {}
+    for name, tensor in tensors:
+        piece = by_name[name]
+        if piece.target not in ours:
+            dtype = torch.float32 if piece.target.endswith(".bias") else tensor.dtype
+            ours[piece.target] = torch.empty(shapes[piece.target].shape, dtype=dtype, device=tensor.device)
+        piece.of(ours[piece.target]).copy_(tensor)
+    model.load_state_dict(shapes | ours, strict=True, assign=True)
+    return model
+
+
+def _counted(tensors: Iterable[tuple[str, Tensor]], total: int, report: Report) -> Iterable[tuple[str, Tensor]]:
+    for number, (name, tensor) in enumerate(tensors, start=1):
+        report(f"reading tensor {number} of {total}: {name}")
+        yield name, tensor
+
+
+def _owned(pieces: list[Piece], model: Model) -> list[tuple[Piece, Tensor]]:
+    tensors = model.state_dict()
+    return [(piece, tensors[piece.target]) for piece in pieces if not piece.is_copy]
+
+
+def _mtp_prefixes(config: ModelConfig) -> tuple[str, ...]:
+    return tuple(f"model.layers.{config.num_layers + depth}." for depth in range(config.mtp.depth if config.mtp else 0))
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check_names(pieces: list[Piece], given: Iterable[str], where: str) -> None:
+    """Copies may be absent: they say nothing new."""
+    known, needed, given = {p.name for p in pieces}, {p.name for p in pieces if not p.is_copy}, set(given)
+    problems = [f"missing {name}" for name in sorted(needed - given)] + [f"unknown {name}" for name in sorted(given - known)]
+    if problems:
+        more = f" and {len(problems) - 12} more" if len(problems) > 12 else ""
+        raise CheckpointError(
+            f"the tensors of {where} are not those of the model that its configuration describes: {', '.join(problems[:12])}{more}; "
+            "check num_hidden_layers, first_k_dense_replace, n_routed_experts, q_lora_rank and num_nextn_predict_layers, or get the files again"
+        )
+
+
+def _check_shapes(pieces: list[Piece], model: Model, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    tensors = model.state_dict()
+    wanted = {piece.name: tuple(piece.of(tensors[piece.target]).shape) for piece in pieces if piece.name in shapes}
+    wrong = [f"{name} has shape {shapes[name]}, not {shape}" for name, shape in wanted.items() if shapes[name] != shape]
+    if wrong:
+        more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+        raise CheckpointError(f"{where} does not fit its configuration: {'; '.join(wrong[:6])}{more}; check the widths in {CONFIG_FILE}")
+
+
+def _check_dtypes(pieces: list[Piece], headers: Mapping[str, Header], folder: Path) -> None:
+    """One dtype for each of our tensors, and one that byrote computes in."""
+    first: dict[str, str] = {}
+    for piece in pieces:
+        if piece.name not in headers:
+            continue
+        dtype = headers[piece.name].dtype
+        if dtype not in DTYPES:
+            raise CheckpointError(f"{piece.name} in {folder} is stored as {dtype}; byrote reads {', '.join(DTYPES)}: convert the weights to bfloat16 first")
+        if first.setdefault(piece.target, dtype) != dtype:
+            raise CheckpointError(
+                f"{piece.name} in {folder} is {dtype}, and tensors it is joined with are {first[piece.target]}; convert the weights to one dtype first"
+            )
+
+
+def _check_copies(model: Model, pieces: list[Piece], copies: Iterable[tuple[str, Tensor]]) -> None:
+    by_name, ours = {piece.name: piece for piece in pieces}, model.state_dict()
+    different = [name for name, tensor in copies if not torch.equal(tensor, ours[by_name[name].target])]
+    if different:
+        raise CheckpointError(
+            f"{', '.join(different)} differ from the model's own embedding or head, and byrote's MTP modules share those; "
+            "set num_nextn_predict_layers to 0 and remove these layers to import the model without them"
+        )
+
+
+def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}; give the tokenizer the model was trained with"
+        )
+
+
+# --- Model → a folder -------------------------------------------------------------------------------------------------
+
+
+class Export(NamedTuple):
+    """What an export writes. The tensors are views of the model's."""
+
+    config: dict[str, Any]
+    shards: list[dict[str, Tensor]]
+    files: list[str]
+
+    @property
+    def num_tensors(self) -> int:
+        return sum(map(len, self.shards))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor_bytes(tensor) for shard in self.shards for tensor in shard.values())
+
+
+def plan_export(model: Model, tokenizer: Tokenizer | None, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> Export:
+    """What `export_hf` would write. ConfigError names every part that V3 cannot express."""
+    ids = (None, None) if tokenizer is None else (tokenizer.begin_id, tokenizer.end_id)
+    config = config_to_v3(model.config, _dtype_name(model), *ids)
+    if tokenizer is not None:
+        _check_vocabulary(tokenizer, model.config)
+    ours = model.state_dict()
+    tensors = {piece.name: piece.of(ours[piece.target]) for piece in v3_pieces(model.config)}
+    parts = shards(tensors, max_shard_bytes)
+    files = [CONFIG_FILE, *file_names(len(parts)), *([INDEX] if len(parts) > 1 else [])]
+    return Export(config, parts, files + ([] if tokenizer is None else [TOKENIZER_FILE, TOKENIZER_CONFIG_FILE]))
+
+
+def export_hf(
+    model: Model,
+    tokenizer: Tokenizer | None,
+    folder: str | Path,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+    report: Report = _say_nothing,
+) -> Export:
+    """Write config.json, safetensors and tokenizer files in the release's names, MTP included; returns what was written.
+
+    The folder appears, or is replaced, whole or not at all. ConfigError if V3 cannot express the model or the folder may not be
+    replaced, CapacityError if the disk is too small.
+    """
+    plan = plan_export(model, tokenizer, max_shard_bytes=max_shard_bytes)
+    folder = check_target(folder, overwrite)
+    check_disk(folder, plan.num_bytes, f"exporting to {folder}")
+    with replacing_folder(folder) as beside:
+        write_shards(beside, plan.shards, report)
+        if tokenizer is not None:
+            tokenizer.save(beside)
+        write_json(beside / CONFIG_FILE, plan.config)
+    return plan
+
+
+def check_target(folder: str | Path, overwrite: bool = False) -> Path:
+    """The absolute path of a folder that may be written: absent, empty, or with `overwrite` one that holds a model."""
+    folder = Path(folder).expanduser().resolve()
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; name a folder that does not exist yet")
+    if not folder.exists() or not any(folder.iterdir()):
+        return folder
+    if not overwrite:
+        raise ConfigError(f"{folder} is not empty; name another folder, or replace the model in it with --overwrite (overwrite=True)")
+    if not (folder / CONFIG_FILE).exists():
+        raise ConfigError(f"{folder} is not empty and holds no model (no {CONFIG_FILE}), so it is not overwritten; name another folder")
+    return folder
+
+
+def _dtype_name(model: Model) -> str:
+    return str(model.embed.weight.dtype).removeprefix("torch.")

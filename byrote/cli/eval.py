@@ -1,0 +1,111 @@
+"""`byrote eval RUN --bits FILES…`: bits per byte of text a model has not seen, beside what `xz -9` needs for the same bytes."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from byrote.console import Progress, format_bytes, format_count, format_duration, print_table
+from byrote.errors import DataError
+
+if TYPE_CHECKING:
+    from byrote.eval.bits import BitsResult
+
+HELP = "judge a run: bits per byte of your files, against xz -9"
+
+EXAMPLES = """
+examples:
+  byrote eval runs/tiny_cpu --bits README.md src/*.py
+  byrote eval runs/tiny_cpu --bits book.txt --context 2048 --stride 512 --json
+
+Bits per byte is comparable across tokenizers and with compressors; less is better. Every file is scored as one document, in
+windows of --context tokens that move on by --stride. The total of xz is that of the files one after the other.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EXAMPLES
+    parser.add_argument("run", metavar="RUN", help="folder made by `byrote train` or `byrote quickstart`")
+    parser.add_argument("--bits", metavar="FILE", nargs="+", required=True, help="UTF-8 text files to score")
+    parser.add_argument("--context", type=int, default=1024, metavar="TOKENS", help="tokens a window sees (default: %(default)s)")
+    parser.add_argument("--stride", type=int, default=512, metavar="TOKENS", help="new tokens scored in each window (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the result on stdout as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    import byrote
+    from byrote.device import pick_device
+    from byrote.eval.bits import bits_per_byte
+
+    texts = read_texts(args.bits)
+    device = pick_device(args.device)
+    model, tokenizer = byrote.load(args.run, device=device)
+    with Progress("scoring") as live:
+        scored = bits_per_byte(
+            model,
+            tokenizer,
+            texts,
+            context=args.context,
+            stride=args.stride,
+            device=device,
+            progress=lambda done, total: live.update(f"window {done} of {total}"),
+        )
+    result = _result(args, texts, scored)
+    if args.json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+    else:
+        _print(result)
+    return 0
+
+
+def _result(args: argparse.Namespace, texts: list[tuple[str, str]], scored: "BitsResult") -> dict[str, Any]:
+    from byrote.eval.bits import xz_bits_per_byte
+
+    blobs = [text.encode("utf-8") for _, text in texts]
+    files = [
+        _row(one.name, one.num_bytes, one.bits / one.num_bytes, xz_bits_per_byte([blob]))
+        for one, blob in zip(scored.per_text, blobs, strict=True)
+    ]
+    total = _row("total", sum(map(len, blobs)), scored.bits_per_byte, xz_bits_per_byte(blobs))
+    settings = {"run": args.run, "context": args.context, "stride": args.stride, "device": args.device, "seeds": 1}
+    return settings | {"files": files, "total": total, "tokens": scored.tokens, "seconds": scored.seconds}
+
+
+def _row(name: str, num_bytes: int, bits: float, xz: float) -> dict[str, Any]:
+    return {"name": name, "bytes": num_bytes, "bits_per_byte": bits, "xz_bits_per_byte": xz, "ratio": bits / xz}
+
+
+def _print(result: dict[str, Any]) -> None:
+    rows = result["files"] + ([result["total"]] if len(result["files"]) > 1 else [])
+    cells = [
+        (row["name"], format_bytes(row["bytes"]), f"{row['bits_per_byte']:.4f}", f"{row['xz_bits_per_byte']:.4f}", f"{row['ratio']:.3f}")
+        for row in rows
+    ]
+    print_table(cells, ("file", "size", "bits per byte", "xz -9", "ratio"))
+    print(
+        f"\n{result['run']} (one run, so one seed): {format_count(result['tokens'])} tokens in {format_duration(result['seconds'])}, "
+        f"context {result['context']}, stride {result['stride']}"
+    )
+
+
+def read_texts(paths: list[str]) -> list[tuple[str, str]]:
+    """(name, text) of every file, byte for byte. DataError for one that is missing, a folder, empty or no UTF-8 text."""
+    return [(path, _read(Path(path))) for path in paths]
+
+
+def _read(path: Path) -> str:
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; --bits takes files: {path}/*")
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}. Check the name and the permissions") from error
+    if not raw:
+        raise DataError(f"{path} is empty: there is nothing to score. Leave it out")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is no UTF-8 text (byte {error.start} is {raw[error.start]:#04x}). Leave it out, or convert it with iconv"
+        ) from None

@@ -1,0 +1,130 @@
+"""Batches for training: shuffled, packed, mixed, prepared one step ahead, and resumable exactly.
+
+Every choice follows from the seed and a few counters:
+
+    row n of the training     its source: mixture.py
+    row m of a source         epoch e = m ÷ rows per epoch; documents shuffled by (seed, source, e); rows too
+    its tokens                packing.py
+
+so the state that a checkpoint saves is those counters, and the batches after loading it are bitwise those of a training that was
+never interrupted. A thread prepares the next two batches meanwhile; the state is always that of the last batch *given out*.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from byrote.data.mixture import Mixture
+from byrote.data.order import permutation
+from byrote.data.packing import PADDING, Line, TokenBatch, count_rows, pack_rows
+from byrote.data.shards import Shard
+from byrote.errors import DataError
+
+AHEAD = 2  # batches prepared before they are asked for
+_DOCUMENTS, _ROWS = 2, 3  # streams of random order, beside the mixture's
+
+
+class Position(NamedTuple):
+    """How far a training has read."""
+
+    rows: int  # of all sources together
+    drawn: tuple[int, ...]  # of each source
+    tokens: int  # that were fed, padding not counted
+
+
+class Loader:
+    """Endless batches from tokenised sources. `next_batch`, `state_dict` and `load_state_dict` are for one thread."""
+
+    def __init__(
+        self, shards: Sequence[Shard], weights: Sequence[float], *, sequence_length: int, batch_sequences: int, pad_token: int, seed: int
+    ) -> None:
+        self._sources = [_Rows(shard, sequence_length, (seed, source)) for source, shard in enumerate(shards)]
+        self._mixture = Mixture(weights, seed)
+        self._sequence_length, self._batch_sequences, self._pad_token = sequence_length, batch_sequences, pad_token
+        self._identity = {
+            "shards": [shard.checksum for shard in shards],
+            "weights": list(weights),
+            "sequence_length": sequence_length,
+            "seed": seed,
+        }
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        self._ahead: deque[Future[tuple[TokenBatch, Position]]] = deque()
+        self._given = self._reached = Position(0, (0,) * len(shards), 0)
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens in all batches given out."""
+        return self._given.tokens
+
+    @property
+    def epochs(self) -> tuple[float, ...]:
+        """How often each source has been read."""
+        return tuple(drawn / source.num_rows for drawn, source in zip(self._given.drawn, self._sources, strict=True))
+
+    def next_batch(self) -> TokenBatch:
+        while len(self._ahead) <= AHEAD:
+            self._ahead.append(self._thread.submit(self._prepare))
+        batch, self._given = self._ahead.popleft().result()
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: small, and plain JSON."""
+        return {**self._identity, "rows": self._given.rows, "drawn": list(self._given.drawn), "tokens": self._given.tokens}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to where `state` was taken. Raises DataError if it belongs to other data, another seed or another row length."""
+        changed = [name for name, value in self._identity.items() if state.get(name) != value]
+        if changed:
+            raise DataError(
+                f"the saved position in the data does not fit: {', '.join(changed)} changed since. "
+                "Resume with the corpus, Python and settings of the first part, or start a new run"
+            )
+        self._forget()
+        self._given = self._reached = Position(state["rows"], tuple(state["drawn"]), state["tokens"])
+
+    def close(self) -> None:
+        """End the thread. The loader starts no other."""
+        self._forget()
+        self._thread.shutdown()
+
+    def _forget(self) -> None:
+        """Drop what was prepared; afterwards the thread rests."""
+        while self._ahead:
+            pending = self._ahead.pop()
+            if not pending.cancel():
+                pending.exception()
+
+    def _prepare(self) -> tuple[TokenBatch, Position]:
+        """The batch after the last prepared one. Only the thread calls this, so batches follow one another."""
+        rows, drawn, tokens = self._reached
+        counts, cuts = list(drawn), []
+        for source in self._mixture.choose(rows, self._batch_sequences):
+            cuts.append(self._sources[source].row(counts[source]))
+            counts[source] += 1
+        batch = pack_rows(cuts, self._sequence_length, self._pad_token)
+        fed = np.count_nonzero(batch.document_BT.numpy() != PADDING)
+        self._reached = Position(rows + self._batch_sequences, tuple(counts), tokens + fed)
+        return batch, self._reached
+
+
+class _Rows:
+    """The endless rows of one source, epoch after epoch."""
+
+    def __init__(self, shard: Shard, sequence_length: int, key: tuple[int, ...]) -> None:
+        self.num_rows = count_rows(shard.num_tokens, sequence_length)
+        self._shard, self._length, self._key = shard, sequence_length, key
+        self._epoch = -1
+        self._line: Line
+        self._order: NDArray[np.int64]
+
+    def row(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        epoch, index = divmod(number, self.num_rows)
+        if epoch != self._epoch:
+            self._line = Line(self._shard, (*self._key, _DOCUMENTS, epoch))
+            self._order = permutation((*self._key, _ROWS, epoch), self.num_rows)
+            self._epoch = epoch
+        return self._line.cut(int(self._order[index]) * self._length, self._length + 1)

@@ -1,0 +1,118 @@
+"""One optimizer step, from micro-batches to updated weights and rows. Knows no files, no clock and no console.
+
+for each micro-batch: forward (autocast) → total loss → backward
+row gradients of the micro-batches are summed; the clipping norm covers them and all parameters
+a loss or gradient that is not finite stops here, before anything is changed, and is named
+Muon and AdamW move the parameters, the row-wise optimizer the touched rows, the router biases take one balancing step
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from byrote.errors import TrainingError
+from byrote.model.transformer import Model, Output
+from byrote.optim.clip import clip_gradients
+from byrote.optim.groups import Optimizers, build_optimizers
+from byrote.optim.rowwise import RowGradient, RowwiseOptimizer, accumulate_rows
+from byrote.optim.schedule import lr_scale, mtp_weight
+from byrote.train.loss import total_loss
+from byrote.train.precision import autocast
+from byrote.train.run import RunConfig
+
+
+class MicroBatch(Protocol):
+    tokens_BT: Tensor
+    targets_BT: Tensor
+    document_BT: Tensor | None
+
+
+class StepResult(NamedTuple):
+    losses: dict[str, Tensor]  # means over micro-batches, unweighted
+    grad_norm: Tensor
+    lr_scale: float
+    mtp_weight: float
+    rows_touched: int
+    loads: dict[str, Tensor]  # tokens per expert
+
+
+class Trainer:
+    """Model and optimizers of a run of `total_steps` steps; `step` does one."""
+
+    def __init__(self, model: Model, config: RunConfig, total_steps: int) -> None:
+        self.model, self.config, self.total_steps = model, config, total_steps
+        self.device = model.embed.weight.device
+        self.optimizers: Optimizers = build_optimizers(model, config.optim)
+        self.rows = self._row_optimizer()
+
+    def _row_optimizer(self) -> RowwiseOptimizer | None:
+        if self.model.memory is None:
+            return None
+        o = self.config.optim
+        return RowwiseOptimizer(self.model.memory.store, lr=o.adam_lr * o.table_lr_scale, betas=o.table_betas, eps=o.eps, rule=o.table_rule)
+
+    def step(self, index: int, batches: Sequence[MicroBatch]) -> StepResult:
+        """Train on `batches` as step `index`. Raises TrainingError, with nothing changed, when a number is not finite."""
+        o, mtp = self.config.optim, self.model.config.mtp
+        scale = lr_scale(index, self.total_steps, o)
+        weight = 0.0 if mtp is None else mtp_weight(index, self.total_steps, mtp.loss_weight, self.config.train.mtp_final_weight, o)
+        self.model.train()
+        outputs = [self._forward_backward(batch, weight, len(batches)) for batch in batches]
+        row_grad = self._row_gradient(outputs)
+        norm = clip_gradients(self.model.parameters(), [] if row_grad is None else [row_grad.grad_UE], o.clip_norm)
+        if not torch.isfinite(norm):
+            raise TrainingError(self._first_bad(index, outputs, row_grad))
+        self._update(scale, row_grad)
+        loads = _sum_loads(outputs)
+        self.model.update_balance(loads)
+        losses = {name: torch.stack([out.losses[name].detach() for out in outputs]).mean() for name in outputs[0].losses}
+        return StepResult(losses, norm, scale, weight, 0 if row_grad is None else len(row_grad.rows_U), loads)
+
+    def _forward_backward(self, batch: MicroBatch, weight: float, parts: int) -> Output:
+        tokens_BT = batch.tokens_BT.to(self.device, non_blocking=True)
+        targets_BT = batch.targets_BT.to(self.device, non_blocking=True)
+        document_BT = None if batch.document_BT is None else batch.document_BT.to(self.device, non_blocking=True)
+        with autocast(self.device, self.config.train.precision):
+            out = self.model(tokens_BT, targets_BT=targets_BT, document_BT=document_BT)
+            loss = total_loss(out.losses, weight) / parts
+        loss.backward()
+        return out
+
+    def _row_gradient(self, outputs: Sequence[Output]) -> RowGradient | None:
+        parts = [
+            (out.rows.rows_U, out.rows.vectors_UE.grad) for out in outputs if out.rows is not None and out.rows.vectors_UE.grad is not None
+        ]
+        return accumulate_rows(parts) if parts else None
+
+    def _update(self, scale: float, row_grad: RowGradient | None) -> None:
+        self.optimizers.set_lr(scale)
+        self.optimizers.step()
+        self.optimizers.zero_grad()
+        if self.rows is not None and row_grad is not None:
+            self.rows.set_lr(scale)
+            self.rows.step(*row_grad)
+
+    def _first_bad(self, index: int, outputs: Sequence[Output], row_grad: RowGradient | None) -> str:
+        self_named = next(self._bad_names(outputs, row_grad), "the gradient norm")
+        self.optimizers.zero_grad()
+        return (
+            f"step {index}: {self_named} is not finite. Nothing was updated in this step. Lower optim.lr and optim.adam_lr, "
+            "raise optim.warmup_fraction, or look at the batch of this step"
+        )
+
+    def _bad_names(self, outputs: Sequence[Output], row_grad: RowGradient | None) -> Iterator[str]:
+        for out in outputs:
+            yield from (f"the loss term {name!r}" for name, loss in out.losses.items() if not torch.isfinite(loss))
+        for name, param in self.model.named_parameters():
+            if not torch.isfinite(param).all():
+                yield f"the parameter {name}"
+            if param.grad is not None and not torch.isfinite(param.grad).all():
+                yield f"the gradient of {name}"
+        if row_grad is not None and not torch.isfinite(row_grad.grad_UE).all():
+            yield "the gradient of the memory rows"
+
+
+def _sum_loads(outputs: Sequence[Output]) -> dict[str, Tensor]:
+    return {name: torch.stack([out.loads[name] for out in outputs]).sum(0) for name in outputs[0].loads}

@@ -1,0 +1,328 @@
+"""A run from a configuration to a folder: data, model, steps, checkpoints, metrics; stopped and resumed without a trace.
+
+    RUN/run.json          configuration, number of steps, facts of the data, summary at the end
+    RUN/metrics.jsonl     one JSON object a line
+    RUN/data/             tokenizer, shards, validation texts (remade when missing)
+    RUN/checkpoints/      written by `checkpoint.local`
+
+The number of steps is a fact of the run: given, or measured once in the first seconds of a fresh run from `train.seconds`, written to
+run.json before the first real step, and never derived from a clock again. The measuring steps are thrown away, so a resumed
+run is bitwise the run that was never interrupted.
+"""
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from types import FrameType
+from typing import Any
+
+import torch
+
+from byrote.checkpoint.atomic import write_json
+from byrote.checkpoint.local import TrainingState, latest, load_training, save
+from byrote.config import from_dict, to_dict
+from byrote.console import JsonLines
+from byrote.data.loader import Loader
+from byrote.data.prepare import Prepared, prepare
+from byrote.device import check_memory, pick_device
+from byrote.errors import CheckpointError, ConfigError, TrainingError
+from byrote.memory.canonical import canonical_ids
+from byrote.model.config import ModelConfig
+from byrote.model.count import count_parameters, optimizer_bytes, table_bytes, table_optimizer_bytes
+from byrote.model.transformer import Model
+from byrote.optim.rowwise import state_dim
+from byrote.tokenizer.bpe import Tokenizer
+from byrote.train.hooks import Hook, log_metrics, save_checkpoints
+from byrote.train.loop import StepResult, Trainer
+from byrote.train.run import RunConfig
+
+_WARM_STEPS = 3  # not timed when the pace is measured
+_MEASURE_SHARE = 0.02  # of the budget, spent on measuring …
+_MEASURE_AT_LEAST_S = 1.0
+_PACE_MARGIN = 0.97  # … and kept back, as the pace of a shared machine varies
+
+DataProgress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSummary:
+    """What a run came to."""
+
+    steps: int
+    tokens: int
+    seconds: float  # of training, over all sittings
+    tokens_per_second: float
+    loss: float  # last step, nats a token
+    parameters: int
+    memory_parameters: int
+    interrupted: bool = False
+
+
+class Run:
+    """A run in progress: what hooks and callers may look at."""
+
+    def __init__(self, config: RunConfig, out: Path, prepared: Prepared, device: torch.device) -> None:
+        self.out, self.prepared, self.device = out, prepared, device
+        self.config = resolve(config, prepared.tokenizer)
+        self.tokenizer = prepared.tokenizer
+        facts = prepared.facts["training"]
+        self.bytes_per_token: float = facts["bytes"] / facts["tokens"]
+        self.total_steps = 0
+        self.done = 0
+        self.seconds = 0.0  # of training before this sitting
+        self.metrics = JsonLines(out / "metrics.jsonl")
+        self._started: float | None = None
+        self._tokens_before = 0
+        self.model: Model
+        self.trainer: Trainer
+        self.loader: Loader
+        self.last: StepResult
+
+    # ── building ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def start_fresh(self) -> None:
+        """Model, optimizers and loader as the seed says, before step 0."""
+        seed, engram = self.config.train.seed, self.config.model.engram
+        rows = 1 if engram is None else state_dim(self.config.optim.table_rule, engram.head_dim)
+        self.model = Model(self.config.model, seed=seed, table_state_dim=rows).to(self.device)
+        if self.model.memory is not None:
+            if self.config.model.engram is not None and self.config.model.engram.canonical_vocab is not None:
+                self.model.memory.set_canonical(_canonical(self.tokenizer)[0])
+            self.model.memory.to(self.device)
+        self.trainer = Trainer(self.model, self.config, self.total_steps)
+        self.loader = self.prepared.train_loader()
+        self.done = 0
+
+    def fix_steps(self) -> None:
+        """Decide the number of steps, once."""
+        wanted, seconds = self.config.train.steps, self.config.train.seconds
+        if wanted is not None:
+            self.total_steps = wanted
+        elif seconds is not None:
+            pace_s, spent_s = self._measure_pace(seconds)
+            self.total_steps = max(1, int((seconds - spent_s) * _PACE_MARGIN / pace_s))
+        else:
+            raise ConfigError("a run needs train.steps or train.seconds; both are none")
+
+    def _measure_pace(self, budget_s: float) -> tuple[float, float]:
+        """(median seconds a step, seconds spent), on steps that are thrown away."""
+        self.total_steps = 1
+        self.start_fresh()
+        begin, times = time.monotonic(), []
+        while len(times) < _WARM_STEPS + 3 or time.monotonic() - begin < max(_MEASURE_AT_LEAST_S, _MEASURE_SHARE * budget_s):
+            start = time.monotonic()
+            self._one_step(0)
+            times.append(time.monotonic() - start)
+        self.loader.close()
+        return median(times[_WARM_STEPS:]), time.monotonic() - begin
+
+    def _one_step(self, index: int) -> StepResult:
+        return self.trainer.step(index, [self.loader.next_batch() for _ in range(self.config.data.accumulate)])
+
+    # ── going ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def go(self, hooks: Sequence[Hook], stop: threading.Event) -> None:
+        """Train to the end, or to the step during which `stop` was set."""
+        self._started, self._tokens_before = time.monotonic(), self.loader.tokens_seen
+        before_s = self.seconds
+        while self.done < self.total_steps and not stop.is_set():
+            self.last = self._one_step(self.done)
+            self.done += 1
+            self.seconds = before_s + time.monotonic() - self._started
+            for hook in hooks:
+                hook(self.done, self)
+
+    def tokens_per_second(self) -> float:
+        """Of this sitting."""
+        assert self._started is not None
+        return (self.loader.tokens_seen - self._tokens_before) / max(time.monotonic() - self._started, 1e-9)
+
+    def record(self, row: dict[str, Any]) -> None:
+        self.metrics.write(row)
+
+    # ── keeping ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def save(self) -> Path:
+        """Write a checkpoint of this moment; returns its folder."""
+        optimizer = self.trainer.optimizers.state_dict()
+        trainer = {"step": self.done, "seconds": self.seconds, "total_steps": self.total_steps, "loader": self.loader.state_dict()}
+        training = TrainingState(
+            tensors=optimizer.tensors, meta={"optimizer": optimizer.meta, "trainer": trainer, "run": to_dict(self.config)}
+        )
+        folder = self.out / "checkpoints" / f"step-{self.done:08d}"
+        save(self.model, folder, tokenizer=self.tokenizer, training=training, keep=self.config.train.keep_checkpoints)
+        return folder
+
+    def restore(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint of this run, bitwise."""
+        training = load_training(checkpoint, self.model)
+        trainer = training.meta["trainer"]
+        self.trainer.optimizers.load_state_dict((training.tensors, training.meta["optimizer"]))
+        self.loader.load_state_dict(trainer["loader"])
+        self.done, self.seconds = trainer["step"], trainer["seconds"]
+
+    def write_facts(self, **more: Any) -> None:
+        """run.json: everything a reader of the folder should know besides the weights."""
+        facts = {
+            "format": 1,
+            "config": to_dict(self.config),
+            "total_steps": self.total_steps,
+            "facts": self.prepared.facts,
+            "torch": torch.__version__,
+        }
+        write_json(self.out / "run.json", facts | {"threads": torch.get_num_threads(), "device": str(self.device)} | more)
+
+    def summary(self, interrupted: bool) -> TrainSummary:
+        counted = count_parameters(self.config.model)
+        loss = self.last.losses["next_token"].item() if hasattr(self, "last") else math.nan
+        return TrainSummary(
+            steps=self.done,
+            tokens=self.loader.tokens_seen,
+            seconds=self.seconds,
+            tokens_per_second=self.loader.tokens_seen / max(self.seconds, 1e-9),
+            loss=loss,
+            parameters=counted.trained,
+            memory_parameters=counted.table,
+            interrupted=interrupted,
+        )
+
+
+def _canonical(tokenizer: Tokenizer) -> tuple[torch.Tensor, int]:
+    ids, classes = canonical_ids([tokenizer.decode_one(token) for token in range(tokenizer.vocab_size)], tokenizer.token_strings())
+    return ids, classes
+
+
+def resolve(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
+    """Fill in what only the tokenizer knows: vocabulary size, pad token, canonical classes."""
+    model: ModelConfig = replace(config.model, vocab_size=tokenizer.vocab_size, pad_token=tokenizer.pad_id)
+    if model.engram is not None:
+        classes = _canonical(tokenizer)[1] if model.engram.tokenizer_compression else None
+        model = replace(model, engram=replace(model.engram, canonical_vocab=classes, pad_token=tokenizer.pad_id))
+    return replace(config, model=model)
+
+
+def train(
+    config: RunConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    hooks: Sequence[Hook] = (),
+    on_data: DataProgress | None = None,
+    on_ready: Callable[[Run], None] | None = None,
+) -> tuple[Run, TrainSummary]:
+    """Train `config` into the folder `out`.
+
+    With `resume`, the run in `out` goes on (its saved configuration must agree) and a finished one is returned as it is. Ctrl-C
+    finishes the step, saves, and returns with `interrupted` set. Raises TrainingError when a number is not finite, after saving
+    the state before that step.
+    """
+    device = pick_device(config.train.device)
+    out.mkdir(parents=True, exist_ok=True)
+    saved = _saved_run(config, out) if resume else None
+    _check_fits(config, device)
+    run = Run(config, out, prepare(config.data, out / "data", on_data), device)
+    checkpoint = latest(out) if saved is not None else None
+    if saved is None:
+        run.fix_steps()
+        run.metrics.truncate_after(-1)
+        run.write_facts()
+    else:
+        run.total_steps = saved["total_steps"]
+    run.start_fresh()
+    if checkpoint is not None:
+        run.restore(checkpoint)
+    run.metrics.truncate_after(run.done)
+    if on_ready is not None:
+        on_ready(run)
+    return run, _finish(run, hooks)
+
+
+def _finish(run: Run, hooks: Sequence[Hook]) -> TrainSummary:
+    before = run.done
+    with _stop_on_interrupt() as stop:
+        try:
+            run.go((log_metrics, save_checkpoints, *hooks), stop)
+        except TrainingError:
+            run.save()
+            raise
+        if run.done > before or latest(run.out) is None:
+            run.save()
+    run.loader.close()
+    summary = run.summary(interrupted=run.done < run.total_steps)
+    run.write_facts(summary=asdict(summary))
+    return summary
+
+
+def _saved_run(config: RunConfig, out: Path) -> dict[str, Any] | None:
+    """run.json of an earlier sitting; refuses one of another configuration."""
+    try:
+        saved: dict[str, Any] = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise CheckpointError(f"{out / 'run.json'} is damaged ({error}); restore it, or train into another folder") from error
+    before, now = _comparable(from_dict(RunConfig, saved["config"])), _comparable(config)
+    if before != now:
+        raise ConfigError(
+            f"the run in {out} has another configuration: {_first_difference(before, now)}. Resume with its options, or choose another --out"
+        )
+    return saved
+
+
+def _comparable(config: RunConfig) -> dict[str, Any]:
+    """The configuration without what a run fills in or may change between sittings."""
+    values: dict[str, Any] = to_dict(config)
+    for name in ("vocab_size", "pad_token"):
+        values["model"].pop(name)
+    if values["model"]["engram"]:
+        for name in ("canonical_vocab", "pad_token"):
+            values["model"]["engram"].pop(name)
+    for name in ("seconds", "device", "save_every", "keep_checkpoints", "eval_every", "log_every", "tensorboard"):
+        values["train"].pop(name)
+    return values
+
+
+def _first_difference(before: Any, now: Any, path: str = "") -> str:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in before:
+            if before[key] != now.get(key):
+                return _first_difference(before[key], now.get(key), f"{path}.{key}" if path else key)
+    return f"{path} was {before!r}, now {now!r}"
+
+
+def _check_fits(config: RunConfig, device: torch.device) -> None:
+    """Refuse a model that cannot fit in RAM before anything is read."""
+    if device.type != "cpu":
+        return
+    counted = count_parameters(config.model)
+    need = 8 * counted.trained + optimizer_bytes(counted, config.optim.matrix)
+    need += table_bytes(config.model) + table_optimizer_bytes(config.model, config.optim.table_rule)
+    check_memory(need, "weights, gradients, optimizer state and the memory table")
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[threading.Event]:
+    """The first Ctrl-C sets the event, a second one interrupts at once. Outside the main thread signals are left alone."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
