@@ -70,16 +70,17 @@ def make_environment() -> None:
 def environment_works() -> bool:
     """It runs, has pip, lies where it was made, and has the interpreter asked for, if one was."""
     settings = VENV / "pyvenv.cfg"
-    if not settings.exists() or f"-m venv {VENV.absolute()}" not in settings.read_text().replace("--clear ", ""):
+    if not (VENV / "bin" / "pip").exists() or not settings.exists() or f"-m venv {os.path.abspath(VENV)}\n" not in settings.read_text():
         return False
     probe = subprocess.run([python(), "-c", "import pip, sys; print(sys.version)"], capture_output=True, text=True)
     return probe.returncode == 0 and (not os.environ.get("PYTHON") or probe.stdout.strip() == sys.version)
 
 
 def drop_half_installed() -> None:
-    """pip writes RECORD last: a package without one was cut short, and pip must not take it for installed."""
+    """pip ends a package by rewriting RECORD to name INSTALLER too; without that it was cut short, and pip must not trust it."""
     for info in VENV.glob("lib/python*/site-packages/*.dist-info"):
-        if not (info / "RECORD").exists():
+        record = info / "RECORD"
+        if not record.exists() or f"{info.name}/INSTALLER," not in record.read_text(encoding="utf-8"):
             shutil.rmtree(info)
 
 

@@ -243,14 +243,28 @@ def test_auto_goes_on_with_what_there_is_and_says_what_else_could_be_had(install
 
 def test_a_package_that_was_cut_short_is_installed_again(install) -> None:
     packages = install.VENV / "lib" / "python3.11" / "site-packages"
-    for name, record in (("whole-1.0", True), ("torn-1.0", False)):
+    for name, record in (
+        ("whole-1.0", "whole-1.0.dist-info/INSTALLER,sha256=x,4\n"),
+        ("unpacked-1.0", "unpacked/__init__.py,,\n"),
+        ("begun-1.0", None),
+    ):
         info = packages / f"{name}.dist-info"
         info.mkdir(parents=True)
         (info / "METADATA").touch()
         if record:
-            (info / "RECORD").touch()
+            (info / "RECORD").write_text(record)
     install.drop_half_installed()
     assert [path.name for path in packages.iterdir()] == ["whole-1.0.dist-info"]
+
+
+@pytest.mark.skipif(not Path(sys.prefix, ".setup-done").exists(), reason="this environment was not made by scripts/setup.sh")
+def test_every_package_here_passes_for_whole(install, monkeypatch) -> None:
+    """The mark that pip leaves, seen in the real environment: nothing in it may be thrown away."""
+    dropped: list[Path] = []
+    monkeypatch.setattr(install, "VENV", Path(sys.prefix))
+    monkeypatch.setattr(install.shutil, "rmtree", dropped.append)
+    install.drop_half_installed()
+    assert dropped == []
 
 
 def test_too_little_disk_stops_before_the_download(install, monkeypatch) -> None:

@@ -8,8 +8,11 @@ Numbers are moved, never computed with: every tensor keeps its dtype and bits, t
 tensor, writing one for nothing beyond the model.
 """
 
+import errno
+import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,16 +21,28 @@ import torch
 from torch import Tensor
 
 from byrote.checkpoint.atomic import replacing_folder, standing
-from byrote.checkpoint.safetensors_folder import DTYPES, INDEX, Header, file_names, read_headers, read_json, shards, stream, write_json, write_shards
+from byrote.checkpoint.runs import listing
+from byrote.checkpoint.safetensors_folder import (
+    DTYPES,
+    INDEX,
+    Header,
+    file_names,
+    read_headers,
+    read_json,
+    shards,
+    stream,
+    write_json,
+    write_shards,
+)
 from byrote.checkpoint.tensors import tensor_bytes
-from byrote.checkpoint.v3_config import check_expressible, config_from_v3, config_to_v3, ignored_keys, mtp_layers
+from byrote.checkpoint.v3_config import MODEL_TYPE, check_expressible, config_from_v3, config_to_v3, ignored_keys, mtp_layers
 from byrote.checkpoint.v3_names import Piece, v3_pieces
 from byrote.device import check_disk, check_memory
-from byrote.errors import CheckpointError, ConfigError
+from byrote.errors import CapacityError, CheckpointError, ConfigError
 from byrote.model.config import ModelConfig
 from byrote.model.transformer import Model
-from byrote.tokenizer.bpe import TOKENIZER_FILE, Tokenizer
 from byrote.tokenizer.bpe import CONFIG_FILE as TOKENIZER_CONFIG_FILE
+from byrote.tokenizer.bpe import TOKENIZER_FILE, Tokenizer
 
 CONFIG_FILE = "config.json"
 MAX_SHARD_BYTES = 5 * 1000**3
@@ -55,7 +70,7 @@ def from_transformers(hf_model: Any) -> Model:
     model = _skeleton(config)
     _check_names(pieces, tensors, "the model")
     _check_shapes(pieces, model, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, "the model")
-    return _filled(model, pieces, ((name, tensor) for name, tensor in tensors.items()))
+    return _filled(model, pieces, tensors.items()).train(hf_model.training)
 
 
 def to_transformers(model: Model) -> Any:
@@ -99,6 +114,7 @@ class Inspected(NamedTuple):
 
     config: ModelConfig
     headers: dict[str, Header]
+    num_parameters: int
     num_bytes: int  # of the model
     has_tokenizer: bool
     notes: list[str]  # what will not come along
@@ -108,17 +124,17 @@ def inspect_hf(folder: str | Path) -> Inspected:
     """Check configuration, names, shapes and dtypes. ConfigError or CheckpointError says what is in the way."""
     folder = standing(Path(folder).expanduser())
     data = read_json(folder / CONFIG_FILE)
-    notes = [f"{CONFIG_FILE} has keys byrote does not know, whose meaning is lost: {', '.join(found)}"] if (found := ignored_keys(data)) else []
-    config, headers = config_from_v3(data), read_headers(folder)
+    config, headers, unknown = config_from_v3(data), read_headers(folder), ignored_keys(data)
+    notes = [f"{CONFIG_FILE} has keys byrote does not know, whose meaning is lost: {', '.join(unknown)}"] if unknown else []
     if config.mtp and not any(name.startswith(_mtp_prefixes(config)) for name in headers):
         notes.append(f"{CONFIG_FILE} announces {mtp_layers(data)} MTP layers and the files hold none: imported without")
         config = config_from_v3({**data, "num_nextn_predict_layers": 0})
     pieces, model = v3_pieces(config), _skeleton(config)
     _check_names(pieces, headers, str(folder))
     _check_shapes(pieces, model, {name: header.shape for name, header in headers.items()}, str(folder))
-    _check_dtypes(pieces, headers, folder)
-    num_bytes = sum(piece.of(tensor).numel() * DTYPES[headers[piece.name].dtype].itemsize for piece, tensor in _owned(pieces, model))
-    return Inspected(config, headers, num_bytes, (folder / TOKENIZER_FILE).exists(), notes)
+    _check_dtypes(pieces, headers, str(folder))
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Inspected(config, headers, num_parameters, _num_bytes(pieces, headers), (folder / TOKENIZER_FILE).exists(), notes)
 
 
 def import_hf(folder: str | Path, *, report: Report = _say_nothing) -> Model:
@@ -170,9 +186,10 @@ def _counted(tensors: Iterable[tuple[str, Tensor]], total: int, report: Report) 
         yield name, tensor
 
 
-def _owned(pieces: list[Piece], model: Model) -> list[tuple[Piece, Tensor]]:
-    tensors = model.state_dict()
-    return [(piece, tensors[piece.target]) for piece in pieces if not piece.is_copy]
+def _num_bytes(pieces: list[Piece], headers: Mapping[str, Header]) -> int:
+    """Of the model, which holds no copies."""
+    owned = (headers[piece.name] for piece in pieces if not piece.is_copy)
+    return sum(math.prod(header.shape) * DTYPES[header.dtype].itemsize for header in owned)
 
 
 def _mtp_prefixes(config: ModelConfig) -> tuple[str, ...]:
@@ -185,12 +202,11 @@ def _mtp_prefixes(config: ModelConfig) -> tuple[str, ...]:
 def _check_names(pieces: list[Piece], given: Iterable[str], where: str) -> None:
     """Copies may be absent: they say nothing new."""
     known, needed, given = {p.name for p in pieces}, {p.name for p in pieces if not p.is_copy}, set(given)
-    problems = [f"missing {name}" for name in sorted(needed - given)] + [f"unknown {name}" for name in sorted(given - known)]
+    problems = [f"missing {name}" for name in needed - given] + [f"unknown {name}" for name in given - known]
     if problems:
-        more = f" and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise CheckpointError(
-            f"the tensors of {where} are not those of the model that its configuration describes: {', '.join(problems[:12])}{more}; "
-            "check num_hidden_layers, first_k_dense_replace, n_routed_experts, q_lora_rank and num_nextn_predict_layers, or get the files again"
+            f"the tensors of {where} are not those of the model its configuration describes: {listing(problems)}; "
+            "check num_hidden_layers, first_k_dense_replace, n_routed_experts, q_lora_rank and num_nextn_predict_layers"
         )
 
 
@@ -199,31 +215,35 @@ def _check_shapes(pieces: list[Piece], model: Model, shapes: Mapping[str, tuple[
     wanted = {piece.name: tuple(piece.of(tensors[piece.target]).shape) for piece in pieces if piece.name in shapes}
     wrong = [f"{name} has shape {shapes[name]}, not {shape}" for name, shape in wanted.items() if shapes[name] != shape]
     if wrong:
-        more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
-        raise CheckpointError(f"{where} does not fit its configuration: {'; '.join(wrong[:6])}{more}; check the widths in {CONFIG_FILE}")
+        raise CheckpointError(f"{where} does not fit its configuration: {listing(wrong)}; check the widths in {CONFIG_FILE}")
 
 
-def _check_dtypes(pieces: list[Piece], headers: Mapping[str, Header], folder: Path) -> None:
+def _check_dtypes(pieces: list[Piece], headers: Mapping[str, Header], where: str) -> None:
     """One dtype for each of our tensors, and one that byrote computes in."""
     first: dict[str, str] = {}
+    problems = []
     for piece in pieces:
-        if piece.name not in headers:
-            continue
-        dtype = headers[piece.name].dtype
+        dtype = headers[piece.name].dtype if piece.name in headers else next(iter(DTYPES))
         if dtype not in DTYPES:
-            raise CheckpointError(f"{piece.name} in {folder} is stored as {dtype}; byrote reads {', '.join(DTYPES)}: convert the weights to bfloat16 first")
-        if first.setdefault(piece.target, dtype) != dtype:
-            raise CheckpointError(
-                f"{piece.name} in {folder} is {dtype}, and tensors it is joined with are {first[piece.target]}; convert the weights to one dtype first"
-            )
+            problems.append(f"{piece.name} is {dtype}")
+        elif not piece.is_copy and first.setdefault(piece.target, dtype) != dtype:
+            problems.append(f"{piece.name} is {dtype} and what it is joined with {first[piece.target]}")
+    if problems:
+        raise CheckpointError(
+            f"{where} has dtypes byrote cannot take: {listing(problems)}; convert the weights to one of {', '.join(DTYPES)} first"
+        )
 
 
 def _check_copies(model: Model, pieces: list[Piece], copies: Iterable[tuple[str, Tensor]]) -> None:
     by_name, ours = {piece.name: piece for piece in pieces}, model.state_dict()
-    different = [name for name, tensor in copies if not torch.equal(tensor, ours[by_name[name].target])]
+    different = []
+    for name, tensor in copies:
+        shared = ours[by_name[name].target]
+        if tensor.dtype != shared.dtype or not torch.equal(tensor, shared):
+            different.append(name)
     if different:
         raise CheckpointError(
-            f"{', '.join(different)} differ from the model's own embedding or head, and byrote's MTP modules share those; "
+            f"{listing(different)} differ from the model's own embedding or head, and byrote's MTP modules share those; "
             "set num_nextn_predict_layers to 0 and remove these layers to import the model without them"
         )
 
@@ -231,7 +251,7 @@ def _check_copies(model: Model, pieces: list[Piece], copies: Iterable[tuple[str,
 def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}; give the tokenizer the model was trained with"
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}; they do not belong to one another"
         )
 
 
@@ -284,7 +304,7 @@ def export_hf(
     plan = plan_export(model, tokenizer, max_shard_bytes=max_shard_bytes)
     folder = check_target(folder, overwrite)
     check_disk(folder, plan.num_bytes, f"exporting to {folder}")
-    with replacing_folder(folder) as beside:
+    with _explained(folder), replacing_folder(folder) as beside:
         write_shards(beside, plan.shards, report)
         if tokenizer is not None:
             tokenizer.save(beside)
@@ -293,17 +313,27 @@ def export_hf(
 
 
 def check_target(folder: str | Path, overwrite: bool = False) -> Path:
-    """The absolute path of a folder that may be written: absent, empty, or with `overwrite` one that holds a model."""
+    """The absolute path of a folder that may be written: absent, empty, or with `overwrite` one that holds a V3 model."""
     folder = Path(folder).expanduser().resolve()
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; name a folder that does not exist yet")
     if not folder.exists() or not any(folder.iterdir()):
         return folder
     if not overwrite:
-        raise ConfigError(f"{folder} is not empty; name another folder, or replace the model in it with --overwrite (overwrite=True)")
-    if not (folder / CONFIG_FILE).exists():
-        raise ConfigError(f"{folder} is not empty and holds no model (no {CONFIG_FILE}), so it is not overwritten; name another folder")
+        raise ConfigError(f"{folder} is not empty; name another folder, or replace the export in it with --overwrite (overwrite=True)")
+    if not (folder / CONFIG_FILE).exists() or read_json(folder / CONFIG_FILE).get("model_type") != MODEL_TYPE:
+        raise ConfigError(f"{folder} is not empty and holds no {MODEL_TYPE} model, so it is not overwritten; name another folder")
     return folder
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Errors of the disk in words of the tree."""
+    try:
+        yield
+    except OSError as error:
+        kind = CapacityError if error.errno in (errno.ENOSPC, errno.EDQUOT) else CheckpointError
+        raise kind(f"{folder} could not be written: {error}; what was there is unchanged. Free space or name another folder") from error
 
 
 def _dtype_name(model: Model) -> str:

@@ -77,7 +77,9 @@ def read_manifest(folder: Path) -> Manifest:
     if not isinstance(data, dict) or "format" not in data:
         raise CheckpointError(f"{path} is not the manifest of a checkpoint: it names no format. {_RESTORE}")
     if data["format"] != FORMAT:
-        raise UnknownFormat(f"{folder} has checkpoint format {data['format']!r}; this byrote reads format {FORMAT}. Update byrote to load it")
+        raise UnknownFormat(
+            f"{folder} has checkpoint format {data['format']!r}; this byrote reads format {FORMAT}. Update byrote to load it"
+        )
     checksum = data.pop("checksum", None)
     if checksum != _checksum(data):
         raise CheckpointError(f"{path} was altered: its checksum does not agree with its content. {_RESTORE}")
@@ -106,7 +108,7 @@ def check_files(folder: Path, manifest: Manifest, *, checksums: bool = True) -> 
 def _digests(folder: Path, sizes: dict[str, int]) -> dict[str, tuple[str, ...]]:
     """The SHA-256 of every piece of every file."""
     pieces = [(name, start) for name, size in sizes.items() for start in range(0, max(size, 1), PIECE_BYTES)]
-    digests: dict[str, tuple[str, ...]] = {name: () for name in sizes}
+    digests: dict[str, tuple[str, ...]] = dict.fromkeys(sizes, ())
     with ThreadPoolExecutor(usable_cores()) as pool:
         for (name, _), digest in zip(pieces, pool.map(lambda piece: _digest(folder / piece[0], piece[1]), pieces), strict=True):
             digests[name] += (digest,)

@@ -1,7 +1,10 @@
 """Where the checkpoints of a run lie, which is the newest, which may go.
 
     RUN/run.json   RUN/metrics.jsonl   RUN/tokenizer/
-    RUN/checkpoints/step-00001200/     one checkpoint, complete when its manifest is there and agrees with the files' sizes
+    RUN/checkpoints/step-00001200/     the state after 1200 optimizer steps
+
+A checkpoint is complete when its manifest is there, is whole, and agrees with the names and sizes of the files. Only that is looked
+at here, because it costs nothing; what the files hold is checked when one is loaded.
 """
 
 import os
@@ -34,7 +37,7 @@ def newest_complete(checkpoints: Path) -> Path | None:
 
 
 def prune(run: str | os.PathLike[str], keep: int) -> None:
-    """Delete all but the `keep` newest complete checkpoints (at least one stays), and incomplete ones older than those."""
+    """Delete all that is older than the newest complete checkpoint, except the `keep` newest complete ones (at least one stays)."""
     complete = [folder for folder in _steps(Path(run) / CHECKPOINTS) if defect(folder) is None][: max(keep, 1)]
     if complete:
         for folder in _steps(complete[0].parent):

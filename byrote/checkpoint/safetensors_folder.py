@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from byrote.checkpoint.atomic import write_new
+from byrote.checkpoint.runs import listing
 from byrote.checkpoint.tensors import tensor_bytes, tensor_file
 from byrote.errors import CheckpointError
 
@@ -48,7 +49,9 @@ def read_headers(folder: Path) -> dict[str, Header]:
             headers[name] = header
     wrong = sorted(name for name, file in placed.items() if name not in headers or headers[name].file != file)
     if wrong:
-        raise CheckpointError(f"{folder / INDEX} does not fit its files: {_some(wrong)} not where it says; copy or download the folder again")
+        raise CheckpointError(
+            f"{folder / INDEX} does not fit its files: {listing(wrong)} not where it says; copy or download the folder again"
+        )
     return headers
 
 
@@ -79,9 +82,9 @@ def _files(folder: Path) -> tuple[list[str], dict[str, str]]:
         placed = read_json(folder / INDEX).get("weight_map")
         if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
             raise CheckpointError(f"{folder / INDEX} has no weight_map from names to files; copy or download it again")
-        outside = sorted({file for file in placed.values() if Path(file).name != file})
+        outside = {file for file in placed.values() if Path(file).name != file}
         if outside:
-            raise CheckpointError(f"{folder / INDEX} names {_some(outside)}, outside of the folder; byrote reads only files inside it")
+            raise CheckpointError(f"{folder / INDEX} names {listing(outside)}, outside of the folder; byrote reads only files inside it")
         return sorted(set(placed.values())), placed
     if (folder / WEIGHTS).exists():
         return [WEIGHTS], {}
@@ -93,10 +96,10 @@ def _nothing_to_read(folder: Path) -> str:
     pickled = [name for name in names if name.endswith(_PICKLED)]
     if pickled:
         return (
-            f"{folder} has its weights in {_some(pickled)}. Such files can run code when they are opened, and byrote never unpickles; "
+            f"{folder} has its weights in {listing(pickled)}. Such files can run code when they are opened, and byrote never unpickles; "
             "where you trust their source, load them with transformers and save_pretrained into a new folder, which writes safetensors"
         )
-    return f"{folder} has neither {WEIGHTS} nor {INDEX} (it holds: {_some(names) or 'nothing'}); download the weights too"
+    return f"{folder} has neither {WEIGHTS} nor {INDEX} (it holds: {listing(names) or 'nothing'}); download the weights too"
 
 
 def _file_headers(folder: Path, file: str) -> dict[str, Header]:
@@ -112,10 +115,6 @@ def _opened(file: Path) -> Iterator[Any]:
             yield weights
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} is missing or damaged ({error}); copy or download it again") from None
-
-
-def _some(names: list[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

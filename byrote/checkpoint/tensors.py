@@ -69,14 +69,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}. Restore the checkpoint from a copy") from error
 
 
-def expect(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:
+def expect(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str, *, same_dtype: bool = True) -> None:
     """Raise CheckpointError unless `tensors` have the names, shapes and dtypes of `wanted`."""
     for name in sorted({*tensors, *wanted}):
         if name not in tensors or name not in wanted:
-            problem = "is missing" if name in wanted else "is not part of this model"
-            raise CheckpointError(f"{what}: {name} {problem}")
+            raise CheckpointError(f"{what}: {name} is {'missing' if name in wanted else 'not part of this model'}")
         got, need = tensors[name], wanted[name]
-        if (got.shape, got.dtype) != (need.shape, need.dtype):
+        if got.shape != need.shape or (same_dtype and got.dtype != need.dtype):
             raise CheckpointError(f"{what}: {name} is {_shown(got)}; the model needs {_shown(need)}")
 
 

@@ -37,20 +37,24 @@ FIXED: dict[str, tuple[object, str]] = {
 }
 
 # Keys that say nothing about the computation, or repeat another key.
-_WITHOUT_EFFECT = frozenset(
-    """architectures auto_map bos_token_id eos_token_id dtype torch_dtype transformers_version use_cache output_attentions
-    output_hidden_states output_router_logits return_dict head_dim qk_head_dim num_key_value_heads ep_size aux_loss_alpha seq_aux
-    chunk_size_feed_forward is_encoder_decoder id2label label2id problem_type _name_or_path""".split()
-)
-_READ = frozenset(
-    """model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads q_lora_rank kv_lora_rank
-    qk_nope_head_dim qk_rope_head_dim v_head_dim max_position_embeddings rms_norm_eps initializer_range pad_token_id rope_theta
-    rope_scaling rope_parameters rope_interleave n_routed_experts num_experts_per_tok moe_intermediate_size n_shared_experts n_group
-    topk_group norm_topk_prob routed_scaling_factor first_k_dense_replace num_nextn_predict_layers num_mtp_layers""".split()
-)
-_ROPE_KEYS = frozenset(
-    """type rope_type rope_theta factor original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim""".split()
-)
+_WITHOUT_EFFECT = {
+    *("architectures", "auto_map", "bos_token_id", "eos_token_id", "dtype", "torch_dtype", "transformers_version", "use_cache"),
+    *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "head_dim", "qk_head_dim", "problem_type"),
+    *("num_key_value_heads", "ep_size", "aux_loss_alpha", "seq_aux", "chunk_size_feed_forward", "is_encoder_decoder", "id2label"),
+    *("label2id", "_name_or_path"),
+}
+_READ = {
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank"),
+    *("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "max_position_embeddings", "rms_norm_eps"),
+    *("initializer_range", "pad_token_id", "rope_theta", "rope_scaling", "rope_parameters", "rope_interleave", "n_routed_experts"),
+    *("num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "n_group", "topk_group", "norm_topk_prob"),
+    *("routed_scaling_factor", "first_k_dense_replace", "num_nextn_predict_layers", "num_mtp_layers"),
+}
+_ROPE_READ = {
+    *("type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
+    *("mscale", "mscale_all_dim"),
+}
+_ROPE_NEUTRAL = {"partial_rotary_factor": (None, 1), "truncate": (None, True), "attention_factor": (None,)}  # key → values without effect
 
 
 # --- config.json → ModelConfig ----------------------------------------------------------------------------------------
@@ -91,10 +95,11 @@ def mtp_layers(data: Mapping[str, Any]) -> int:
 def _check_fixed(data: Mapping[str, Any]) -> None:
     if data.get("model_type") != MODEL_TYPE:
         raise ConfigError(f"model_type is {data.get('model_type')!r}; byrote imports {MODEL_TYPE!r} and nothing else yet")
-    problems = [f"{key} is {data[key]!r}, not {value!r}: {advice}" for key, (value, advice) in FIXED.items() if data.get(key, value) != value]
+    odd = {key: advice for key, (value, advice) in FIXED.items() if data.get(key, value) != value}
+    problems = [f"{key} is {data[key]!r}, not {FIXED[key][0]!r}: {advice}" for key, advice in odd.items()]
     heads, kv_heads = data.get("num_attention_heads"), data.get("num_key_value_heads")
     if kv_heads is not None and kv_heads != heads:
-        problems.append(f"num_key_value_heads is {kv_heads}, num_attention_heads {heads}: latent attention has a key and a value for every head")
+        problems.append(f"num_key_value_heads is {kv_heads}, num_attention_heads {heads}: in latent attention every head has its own")
     if problems:
         raise ConfigError("this model cannot be imported. " + "; ".join(problems))
 
@@ -135,17 +140,16 @@ def _rope(data: Mapping[str, Any]) -> RopeConfig:
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in ("default", "yarn"):
         raise ConfigError(f"rope type is {kind!r}; byrote has 'default' and 'yarn'")
-    neutral = {"partial_rotary_factor": (None, 1, 1.0), "truncate": (None, True), "attention_factor": (None,)}
-    odd = sorted(key for key in given if key not in _ROPE_KEYS and given[key] not in neutral.get(key, ()))
+    odd = sorted(key for key in given if key not in _ROPE_READ and given[key] not in _ROPE_NEUTRAL.get(key, ()))
     if odd:
-        raise ConfigError(f"the rope parameters hold {', '.join(f'{key} = {given[key]!r}' for key in odd)}; byrote knows {', '.join(sorted(_ROPE_KEYS))}")
+        raise ConfigError(f"byrote cannot honour these rope parameters: {', '.join(f'{key} = {given[key]!r}' for key in odd)}")
     layout = "half" if data.get("rope_interleave") is False else "interleaved"
     return RopeConfig(theta=theta, layout=layout, yarn=_yarn(given, _integer(data, "max_position_embeddings")) if kind == "yarn" else None)
 
 
 def _yarn(given: Mapping[str, Any], max_positions: int) -> YarnConfig:
     """`mscale` counts only together with `mscale_all_dim`: without it the amplitude is that of mscale 1."""
-    original = max_positions if given.get("original_max_position_embeddings") is None else _integer(given, "original_max_position_embeddings")
+    original = int(_number(given, "original_max_position_embeddings", max_positions))
     mscale, all_dim = given.get("mscale") or 0.0, given.get("mscale_all_dim") or 0.0
     if all_dim and not mscale:
         raise ConfigError(f"the rope parameters hold mscale_all_dim = {all_dim!r} and no mscale; give both or neither")
@@ -185,7 +189,9 @@ def _number(data: Mapping[str, Any], key: str, default: float | None = None) -> 
 def config_to_v3(config: ModelConfig, dtype: str, begin_id: int | None = None, end_id: int | None = None) -> dict[str, Any]:
     """The release's keys. Raises ConfigError naming every part that V3 cannot express."""
     check_expressible(config)
-    attention, rope = config.attention, config.attention.rope
+    attention = config.attention
+    assert isinstance(attention, MLAConfig), "checked above"
+    rope = attention.rope
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": MODEL_TYPE,
@@ -261,7 +267,8 @@ def _foreign_parts(config: ModelConfig) -> list[str]:
     if config.residual.kind != "plain":
         problems.append(f"residual.kind is {config.residual.kind!r} and V3 has one plain stream: train with --model.residual.kind plain")
     if config.engram is not None:
-        problems.append(f"engram (memory in blocks {', '.join(map(str, config.engram.layers))}) does not exist in V3: train with --model.engram none")
+        blocks = ", ".join(map(str, config.engram.layers))
+        problems.append(f"engram (memory in blocks {blocks}) does not exist in V3: train with --model.engram none")
     if config.swiglu_limit is not None:
         problems.append(f"swiglu_limit is {config.swiglu_limit} and V3 does not clamp: train with --model.swiglu_limit none")
     return problems
@@ -273,7 +280,8 @@ def _foreign_attention(config: ModelConfig) -> list[str]:
         return ["attention is V4's and V3 has MLA: train with an MLA configuration"]
     eps = config.norm_eps if attention.latent_norm_eps is None else attention.latent_norm_eps
     if eps != LATENT_NORM_EPS:
-        problems.append(f"the latents' norms use ε = {eps:g} and V3 fixes {LATENT_NORM_EPS:g}: train with --model.attention.latent_norm_eps 1e-6")
+        advice = "train with --model.attention.latent_norm_eps 1e-6"
+        problems.append(f"the latents' norms use ε = {eps:g} and V3 fixes {LATENT_NORM_EPS:g}: {advice}")
     yarn = attention.rope.yarn
     if yarn is not None and not yarn.mscale_all_dim and yarn.mscale != 1.0:
         problems.append(f"rope.yarn.mscale is {yarn.mscale} without mscale_all_dim, and readers then take 1: set mscale to 1 or give both")

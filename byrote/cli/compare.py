@@ -24,7 +24,8 @@ examples:
 """
 
 SEEDS = ("data.seed", "train.seed")
-IRRELEVANT = ("name", *SEEDS)  # what two runs of one row may differ in
+LOGGING = ("train.save_every", "train.keep_checkpoints", "train.eval_every", "train.log_every", "train.tensorboard")
+IRRELEVANT = ("name", *SEEDS, *LOGGING)  # what two runs of one row may differ in
 HEADER = ("run", "parameters", "memory", "steps", "tokens", "validation bits/byte", "tokens/s", "seeds")
 
 PAGE = """<!doctype html>
@@ -48,6 +49,7 @@ class Run(NamedTuple):
     config: dict[str, Any]  # flat: dotted name → value
     parameters: int  # of the network, without the table
     memory: int  # numbers in the table
+    total_steps: int  # it was to have
     train: list[dict[str, Any]]
     validation: list[dict[str, Any]]
 
@@ -63,6 +65,15 @@ class Run(NamedTuple):
     def last(self, kind: str, key: str) -> float | None:
         """The newest `key` among rows of `kind` ("train" or "validation")."""
         return next((row[key] for row in reversed(getattr(self, kind)) if row.get(key) is not None), None)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.last("train", "step") == self.total_steps
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Of a run that has begun: validation rows know their step, not the tokens trained until then."""
+        return (self.last("train", "tokens") or 0) / (self.last("train", "step") or 1)
 
     @property
     def speed(self) -> float | None:
@@ -91,13 +102,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     runs = load_runs([Path(path) for path in args.runs])
     groups = list(grouped(runs))
-    rows = [summary(group) for group in groups]
-    _write(Path(args.out), _page(runs, rows, _differences(groups), args.log_x))
+    rows, differences = [summary(group) for group in groups], _differences(groups)
+    _write(Path(args.out), _page(runs, rows, differences, args.log_x))
     if args.json:
-        print(json.dumps({"rows": rows, "differences": _differences(groups), "page": args.out}, indent=2, ensure_ascii=False))
+        print(json.dumps({"rows": rows, "differences": differences, "page": args.out}, indent=2, ensure_ascii=False))
         return 0
     print_table([_cells(row) for row in rows], HEADER)
-    print("\n" + "\n".join([*_notes(rows), *_differences(groups), f"curves: {args.out}"]))
+    print("\n" + "\n".join([*_notes(rows), *differences, f"curves: {args.out}"]))
     return 0
 
 
@@ -126,7 +137,8 @@ def _load(path: Path, name: str) -> Run:
         raise DataError(f"the run in {path} cannot be read: {error}. Was it written by another version, or changed by hand?") from error
     counted = count_parameters(config.model)
     train, validation = ([row for row in rows if row.get("kind") == kind] for kind in ("train", "validation"))
-    return Run(name, dict(_flat(saved["config"])), counted.trained, counted.table, train, validation)
+    values = dict(_flat(saved["config"])) | {"train.device": saved["device"]}  # the one it ran on, not "auto"
+    return Run(name, values, counted.trained, counted.table, saved["total_steps"], train, validation)
 
 
 def _flat(tree: dict[str, Any], path: str = "") -> Iterable[tuple[str, Any]]:
@@ -156,12 +168,19 @@ def summary(group: list[Run]) -> dict[str, Any]:
         "runs": [one.name for one in group],
         "parameters": first.parameters,
         "memory": first.memory,
-        "steps": first.last("train", "step"),
-        "tokens": first.last("train", "tokens"),
+        "steps": _span([one.last("train", "step") for one in group]),
+        "tokens": _span([one.last("train", "tokens") for one in group]),
         "validation_bits_per_byte": bits._asdict(),
         "tokens_per_second": speed._asdict(),
         "seeds": len({one.seeds for one in group}),
+        "unfinished": [one.name for one in group if not one.is_finished],
     }
+
+
+def _span(values: list[float | None]) -> tuple[float, float] | None:
+    """(least, most): runs with a budget of seconds differ in steps."""
+    known = [value for value in values if value is not None]
+    return (min(known), max(known)) if known else None
 
 
 def estimate(measured: list[tuple[Any, float | None]]) -> Estimate:
@@ -177,17 +196,17 @@ def estimate(measured: list[tuple[Any, float | None]]) -> Estimate:
 
 
 def _differences(groups: list[list[Run]]) -> list[str]:
-    """One line per configuration field in which the rows differ."""
+    """One line per configuration field in which the rows differ, values in the order of the rows."""
     if len(groups) < 2:
         return []
     configs = [group[0].config for group in groups]
     lines = []
     for name in dict.fromkeys(name for config in configs for name in config):
         parent = name.rpartition(".")[0]
-        if name in IRRELEVANT or (parent and any(config.get(parent) is None for config in configs)):
-            continue  # inside a part that is switched off somewhere: the part's own line says so
-        values = [json.dumps(config.get(name, "–"), ensure_ascii=False) for config in configs]
-        if len(set(values)) > 1:
+        values = [json.dumps(config[name], ensure_ascii=False) if name in config else "–" for config in configs]
+        # where the part around a field is switched off, the line of that part says so
+        told = {value for value, config in zip(values, configs, strict=True) if not parent or config.get(parent) is not None}
+        if name not in IRRELEVANT and len(told) > 1:
             lines.append(f"{name}: {' | '.join(values)}")
     return lines
 
@@ -198,6 +217,11 @@ def _notes(rows: list[dict[str, Any]]) -> list[str]:
         notes.append("± is the sample standard deviation over seeds.")
     if any(row["seeds"] == 1 for row in rows):
         notes.append("A row with one seed has no spread: a small difference from it may be chance.")
+    unfinished = [name for row in rows for name in row["unfinished"]]
+    if unfinished:
+        notes.append(f"Not finished, so not comparable with finished runs: {', '.join(unfinished)}.")
+    if len(rows) > 1:
+        notes.append("Where the rows differ, from the first to the last:")
     return notes
 
 
@@ -206,8 +230,12 @@ def _notes(rows: list[dict[str, Any]]) -> list[str]:
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     bits, speed = Estimate(**row["validation_bits_per_byte"]), row["tokens_per_second"]["mean"]
-    counts = ["–" if row[key] is None else format_count(row[key]) for key in ("parameters", "memory", "steps", "tokens")]
-    return (", ".join(row["runs"]), *counts, str(bits), "–" if speed is None else f"{speed:.0f}", str(row["seeds"]))
+    sizes = [format_count(row["parameters"]), format_count(row["memory"]), _span_text(row["steps"]), _span_text(row["tokens"])]
+    return (", ".join(row["runs"]), *sizes, str(bits), "–" if speed is None else f"{speed:.0f}", str(row["seeds"]))
+
+
+def _span_text(span: tuple[float, float] | None) -> str:
+    return "–" if span is None else "–".join(dict.fromkeys(map(format_count, span)))
 
 
 def _page(runs: list[Run], rows: list[dict[str, Any]], differences: list[str], log_x: bool) -> str:
@@ -223,25 +251,27 @@ def _html_row(cells: Iterable[str], tag: str) -> str:
 def _charts(runs: list[Run], log_x: bool) -> Iterable[str]:
     from byrote.eval.curves import Series, svg_lines
 
-    for kind, x, title in (
-        ("validation", "tokens", "Validation"),
-        ("train", "tokens", "Training"),
-        ("train", "seconds", "Training by the clock"),
+    for title, x_label, points in (
+        ("Validation", "tokens trained", _validation_points),
+        ("Training", "tokens trained", lambda one: _training_points(one, "tokens")),
+        ("Training by the clock", "seconds", lambda one: _training_points(one, "seconds")),
     ):
-        series = [Series(one.name, _points(one, kind, x)) for one in runs]
-        yield svg_lines(series, title=title, x_label=f"{x} trained", y_label="bits per byte", log_x=log_x)
+        yield svg_lines([Series(one.name, points(one)) for one in runs], title=title, x_label=x_label, y_label="bits per byte", log_x=log_x)
 
 
-def _points(one: Run, kind: str, x: str) -> list[tuple[float, float]]:
-    rows = getattr(one, kind)
-    return [(row[x], row["bits_per_byte"]) for row in rows if row.get(x) is not None and row.get("bits_per_byte") is not None]
+def _validation_points(one: Run) -> list[tuple[float, float]]:
+    by_step = {row["step"]: row["bits_per_byte"] for row in one.validation if row["bits_per_byte"] is not None}  # the newest of each step
+    return [(step * one.tokens_per_step, bits) for step, bits in sorted(by_step.items())]
+
+
+def _training_points(one: Run, x: str) -> list[tuple[float, float]]:
+    return [(row[x], row["bits_per_byte"]) for row in one.train if row["bits_per_byte"] is not None]
 
 
 def _write(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".new")
+    from byrote.checkpoint.atomic import replace_file
+
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
+        replace_file(path, text.encode("utf-8"))
     except OSError as error:
         raise ConfigError(f"--out {path} cannot be written: {error}. Choose another file") from error

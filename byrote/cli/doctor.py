@@ -106,31 +106,30 @@ def check_machine(path: str) -> Iterator[Finding]:
 
     facts = machine_facts(path=path)
     yield Finding("ok", "machine", f"{facts['cpu']}, {facts['cores']} cores usable, {facts['system']}")
-    for topic, free, advice in (
-        ("ram", facts["ram_free_bytes"], "close other programs; the quickstart may be killed by the system otherwise"),
-        ("disk", facts["disk_free_bytes"], "free some space, or write runs to another disk with --out"),
-    ):
-        enough = free >= WORK_BYTES
-        total = f" of {format_bytes(facts['ram_bytes'])}" if topic == "ram" else f" at {os.path.abspath(path)}"
-        text = f"{format_bytes(free)} free{total}"
-        yield Finding("ok", topic, text) if enough else Finding("note", topic, text, f"less than {format_bytes(WORK_BYTES)}: {advice}")
+    ram, disk = facts["ram_free_bytes"], facts["disk_free_bytes"]
+    yield room("ram", ram, f"of {format_bytes(facts['ram_bytes'])}", "close other programs, or the system may kill a run")
+    yield room("disk", disk, f"at {os.path.abspath(path)}", "free some space, or write runs to another disk with --out")
+
+
+def room(topic: str, free: int, where: str, advice: str) -> Finding:
+    text = f"{format_bytes(free)} free {where}"
+    if free < WORK_BYTES:
+        return Finding("note", topic, text, f"less than {format_bytes(WORK_BYTES)}: {advice}")
+    return Finding("ok", topic, text)
 
 
 def check_devices() -> Iterator[Finding]:
     from byrote.device import autocast_dtype, available_devices, matmul_peak, pick_device
 
     for name in available_devices():
-        device = pick_device(name)
+        device, topic = pick_device(name), f"device {name}"
         dtype = autocast_dtype(device)
-        kind = str(dtype).removeprefix("torch.")
         try:
             peak = matmul_peak(device, dtype, size=1024)
         except RuntimeError as error:  # the device is listed and does not compute
-            yield Finding(
-                "FAIL", f"device {name}", f"fails on a matrix product: {error}", "update the driver, or choose another one with --device"
-            )
+            yield Finding("FAIL", topic, f"fails on a matrix product: {error}", "update its driver, or choose another one with --device")
             continue
-        yield Finding("ok", f"device {name}", f"computes in {kind}: {format_count(peak)}FLOP/s on 1024³ matrix products")
+        yield Finding("ok", topic, f"computes in {str(dtype).removeprefix('torch.')}: {format_count(peak)}FLOP/s on 1024³ matrix products")
 
 
 def check_compiled_paths() -> Finding:
@@ -138,17 +137,15 @@ def check_compiled_paths() -> Finding:
     try:
         active = compiled_kernels()
         status = importlib.import_module("byrote.kernels.native").status()
-    except (ImportError, ByroteError) as error:
-        return Finding("note", "kernels", f"reference kernels only: {error}")
-    on, off = ([name for name in active if active[name] is wanted] for wanted in (True, False))
+    except ImportError as error:
+        return Finding("FAIL", "kernels", f"byrote's own code does not import: {error}", "install byrote again; in a checkout: make setup")
+    except ByroteError as error:  # a setting that every other command would refuse as well
+        return Finding("FAIL", "kernels", str(error))
+    on, off = (", ".join(name for name in active if active[name] is wanted) for wanted in (True, False))
     if not on:
         return Finding("note", "kernels", f"reference kernels only: {status['reason']}", "they give the same results, slower")
-    built = f"{', '.join(on)} in C on {status['threads']} threads, by {status['compiler']}"
-    return (
-        Finding("note", "kernels", f"{built}; by reference: {', '.join(off)}", str(status["reason"]))
-        if off
-        else Finding("ok", "kernels", built)
-    )
+    built = f"{on} in C on {status['threads']} threads, by {status['compiler']}"
+    return Finding("note", "kernels", f"{built}; by reference: {off}", str(status["reason"])) if off else Finding("ok", "kernels", built)
 
 
 def compiled_kernels() -> dict[str, bool]:

@@ -34,13 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import byrote
-    from byrote.device import pick_device
+    from byrote.cli.loading import load_for_text
     from byrote.eval.bits import bits_per_byte
 
     texts = read_texts(args.bits)
-    device = pick_device(args.device)
-    model, tokenizer = byrote.load(args.run, device=device)
+    model, tokenizer = load_for_text(args.run, args.device)
     with Progress("scoring") as live:
         scored = bits_per_byte(
             model,
@@ -48,7 +46,6 @@ def run(args: argparse.Namespace) -> int:
             texts,
             context=args.context,
             stride=args.stride,
-            device=device,
             progress=lambda done, total: live.update(f"window {done} of {total}"),
         )
     result = _result(args, texts, scored)
@@ -68,7 +65,7 @@ def _result(args: argparse.Namespace, texts: list[tuple[str, str]], scored: "Bit
         for one, blob in zip(scored.per_text, blobs, strict=True)
     ]
     total = _row("total", sum(map(len, blobs)), scored.bits_per_byte, xz_bits_per_byte(blobs))
-    settings = {"run": args.run, "context": args.context, "stride": args.stride, "device": args.device, "seeds": 1}
+    settings = {"run": args.run, "context": args.context, "stride": args.stride, "seeds": 1}
     return settings | {"files": files, "total": total, "tokens": scored.tokens, "seconds": scored.seconds}
 
 

@@ -49,8 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import byrote
-    from byrote.device import pick_device
+    from byrote.cli.loading import load_for_text
     from byrote.eval.sample import SamplingParams, decode_pieces, generate_ids, prompt_ids
 
     params = SamplingParams(
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         stop=tuple(args.stop),
     )
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    model, tokenizer = byrote.load(args.run, device=pick_device(args.device))
+    model, tokenizer = load_for_text(args.run, args.device)
     ids = prompt_ids(tokenizer, prompt)
     _warn_if_long(len(ids) + params.max_tokens, model.config.max_positions)
     counter = Counter(generate_ids(model, ids, params, end_ids=(tokenizer.end_id,)))

@@ -96,7 +96,7 @@ def _bits(run: "Run", model_bits: float, progress: Progress) -> dict[str, float]
 
 
 def _write_report(run: "Run", summary: "TrainSummary", bits: dict[str, float]) -> Path:
-    from byrote.checkpoint.atomic import write_text
+    from byrote.checkpoint.atomic import replace_file
     from byrote.eval.probes import composite_gain, expert_loads, mtp_acceptance
     from byrote.eval.report import Report, render
 
@@ -118,7 +118,7 @@ def _write_report(run: "Run", summary: "TrainSummary", bits: dict[str, float]) -
         )
     )
     path = run.out / "report.html"
-    write_text(path, page)
+    replace_file(path, page.encode())
     return path
 
 

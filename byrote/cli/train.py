@@ -2,17 +2,22 @@
 
 import argparse
 import json
+import math
+import shlex
+import sys
 from dataclasses import is_dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from byrote.config import REQUIRED, Option, apply_overrides, describe, format_value, to_dict
+from byrote.console import Progress, format_count, format_duration, print_table
 from byrote.errors import ConfigError
 from byrote.recipes import RECIPES, load_recipe
 
 if TYPE_CHECKING:
     from byrote.train.run import RunConfig
+    from byrote.train.session import TrainSummary
 
 HELP = "train a recipe; every field of its configuration is an option"
 
@@ -26,6 +31,8 @@ examples:
 Values: true or false, none, 1e-3, and 1,4 for several. `none` switches a part of the model off (--model.mtp none); giving
 one of its fields switches it on. Defaults below are those of the dataclasses; a recipe sets many of them: see --dry-run.
 """
+
+INTERRUPTED = 130  # exit status, as of any program that Ctrl-C ends
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,19 +51,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     names = {option.name for option in _options()}
-    config = apply_overrides(load_recipe(args.recipe), {name: text for name, text in vars(args).items() if name in names})
+    overrides = {name: text for name, text in vars(args).items() if name in names}
+    config = apply_overrides(load_recipe(args.recipe), overrides)
     if args.dry_run:
         return _dry_run(config, args.json)
     out = Path(args.out or f"runs/{config.name}")
     _check_folder(out, args.resume)
-    from byrote.train.session import train
+    from byrote.cli.training import train_with_progress
 
-    summary = train(config, out, resume=args.resume)
-    if args.json:
-        print(json.dumps(to_dict(summary), ensure_ascii=False))
-    else:
-        print(f'\n{out} is ready. Next:\n  byrote generate {out} "Once"\n  byrote eval {out} --bits FILES…\n  byrote compare {out} RUN…')
-    return 0
+    with Progress() as progress:
+        _, summary, validator = train_with_progress(config, out, resume=args.resume, progress=progress)
+    bits = None if validator.last is None else validator.last.bits_per_byte
+    _print_result(out, summary, bits, args.json)
+    if not summary.interrupted:
+        return 0
+    print(f"Saved. To go on:\n  {_resume_command(args.recipe, overrides, out)}", file=sys.stderr)
+    return INTERRUPTED
+
+
+def _print_result(out: Path, summary: "TrainSummary", bits: float | None, as_json: bool) -> None:
+    if as_json:
+        loss = summary.loss if math.isfinite(summary.loss) else None  # of a finished run that was resumed there is none
+        print(json.dumps(to_dict(summary) | {"run": str(out), "loss": loss, "validation_bits_per_byte": bits}, ensure_ascii=False))
+        return
+    rows = [
+        ("parameters", f"{format_count(summary.parameters)}, and {format_count(summary.memory_parameters)} in the memory table"),
+        ("trained", f"{summary.steps:,} steps, {format_count(summary.tokens)} tokens in {format_duration(summary.seconds)}"),
+        ("speed", f"{summary.tokens_per_second:,.0f} tokens/s"),
+    ]
+    if bits is not None:
+        rows.append(("validation", f"{bits:.4f} bits per byte (one run, one seed)"))
+    print_table(rows)
+    if not summary.interrupted:
+        print(f'\nNext:\n  byrote generate {out} "Once"\n  byrote eval {out} --bits FILE…\n  byrote compare {out} RUN…')
+
+
+def _resume_command(recipe: str, overrides: dict[str, str], out: Path) -> str:
+    options = [word for name, text in overrides.items() for word in (f"--{name}", text)]
+    return shlex.join(["byrote", "train", recipe, *options, "--out", str(out), "--resume"])
 
 
 def _options() -> list[Option]:
@@ -66,12 +98,8 @@ def _options() -> list[Option]:
 
 
 def _help(option: Option) -> str:
-    default = "set by the recipe" if option.default is REQUIRED else f"default: {_shown(option.default)}"
-    return f"{option.doc}{'; ' if option.doc else ''}{option.type}; {default}".replace("%", "%%")
-
-
-def _shown(value: object) -> str:
-    return "on" if is_dataclass(value) else format_value(value)
+    default = "set by the recipe" if option.default is REQUIRED else f"default: {format_value(option.default)}"
+    return f"{option.doc.rstrip('.')} ({option.type}; {default})".lstrip().replace("%", "%%")
 
 
 def _dry_run(config: "RunConfig", as_json: bool) -> int:

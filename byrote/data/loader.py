@@ -106,7 +106,7 @@ class Loader:
             cuts.append(self._sources[source].row(counts[source]))
             counts[source] += 1
         batch = pack_rows(cuts, self._sequence_length, self._pad_token)
-        fed = np.count_nonzero(batch.document_BT.numpy() != PADDING)
+        fed = int(np.count_nonzero(batch.document_BT.numpy() != PADDING))
         self._reached = Position(rows + self._batch_sequences, tuple(counts), tokens + fed)
         return batch, self._reached
 

@@ -93,8 +93,10 @@ def _open(path: Path) -> BinaryIO:
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:  # JSON and UTF-8 errors both
-        raise DataError(f"{where} is no line of JSON ({error}); {_one_a_line()}") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} is no line of JSON ({error.msg} at character {error.colno}); {_one_a_line()}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is not UTF-8 at byte {error.start} of the line; convert the file first") from None
     if not isinstance(record, dict):
         raise DataError(f"{where} holds a JSON {type(record).__name__}, an object is needed; {_one_a_line()}")
     return record
@@ -121,7 +123,7 @@ def _text(value: object, key: str, where: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise DataError(f"{where}: {key!r} holds a {type(value).__name__}, text is needed; set text_key to a field that is a string")
+        raise DataError(f"{where}: {key!r} holds a value of type {type(value).__name__}, text is needed; set text_key to a field that is a string")
     if value.isascii():
         return value
     return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -75,7 +75,7 @@ def source_state(source: SourceConfig) -> str:
     if kind == "hf":
         return records.dataset_state(source.path)
     if kind == "stdlib":
-        root, files = corpus.stdlib_root(), corpus.stdlib_files()
+        root, files = corpus.stdlib_root(), list(corpus.stdlib_files())
     else:
         root = Path(source.path).expanduser()
         files = list_files(root) if root.is_dir() else [root]

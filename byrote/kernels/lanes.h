@@ -6,7 +6,7 @@
 #pragma once
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX512BF16__) && defined(__AVX512F__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -33,13 +33,30 @@ INLINE lanes load(const float *from) {
     return v;
 }
 
+/* The same, to be kept in a register: left to itself gcc reads memory again at every use. */
+INLINE lanes hold(const float *from) {
+    lanes v = load(from);
+#if defined(__x86_64__)
+    __asm__("" : "+v"(v));
+#endif
+    return v;
+}
+
 INLINE void store(float *to, lanes v) { memcpy(to, &v, sizeof v); }
 
 INLINE lanes select_lanes(signed_lanes mask, lanes yes, lanes no) {
     return (lanes)((mask & (signed_lanes)yes) | (~mask & (signed_lanes)no));
 }
 
-INLINE lanes widen(short_lanes h) { return (lanes)(__builtin_convertvector(h, bit_lanes) << 16); }
+INLINE lanes widen(short_lanes h) {
+#if defined(__AVX512F__)
+    __m256i packed;
+    memcpy(&packed, &h, sizeof packed);
+    return (lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(packed), 16);
+#else
+    return (lanes)(__builtin_convertvector(h, bit_lanes) << 16);
+#endif
+}
 
 INLINE short_lanes narrow(lanes v) {
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
@@ -68,23 +85,27 @@ INLINE row row_at(const void *base, long index, long length, int bf16, int whole
 
 /* Lanes [at, at + LANES); zeros beyond the end. */
 INLINE lanes load_row(row r, long at) {
-    const long n = r.whole || r.length - at > LANES ? LANES : r.length - at;
+    const long left = r.length - at;
     short_lanes h = {0};
     lanes v = {0};
-    if (r.bf16) memcpy(&h, (uint16_t *)r.start + at, n * 2);
-    else memcpy(&v, (float *)r.start + at, n * 4);
+    if (r.bf16 && (r.whole || left >= LANES)) memcpy(&h, (uint16_t *)r.start + at, sizeof h);
+    else if (r.whole || left >= LANES) memcpy(&v, (float *)r.start + at, sizeof v);
+    else if (r.bf16) memcpy(&h, (uint16_t *)r.start + at, left * 2);
+    else memcpy(&v, (float *)r.start + at, left * 4);
     return r.bf16 ? widen(h) : v;
 }
 
 /* Writes them and returns what memory now holds, widened again. */
 INLINE lanes store_row(row r, long at, lanes v) {
-    const long n = r.whole || r.length - at > LANES ? LANES : r.length - at;
+    const long left = r.length - at;
     if (!r.bf16) {
-        memcpy((float *)r.start + at, &v, n * 4);
+        if (r.whole || left >= LANES) memcpy((float *)r.start + at, &v, sizeof v);
+        else memcpy((float *)r.start + at, &v, left * 4);
         return v;
     }
     short_lanes h = narrow(v);
-    memcpy((uint16_t *)r.start + at, &h, n * 2);
+    if (r.whole || left >= LANES) memcpy((uint16_t *)r.start + at, &h, sizeof h);
+    else memcpy((uint16_t *)r.start + at, &h, left * 2);
     return widen(h);
 }
 
@@ -99,10 +120,26 @@ INLINE float sum_lanes(lanes v) {
     return (p[0] + p[2]) + (p[1] + p[3]);
 }
 
+/* The smaller or larger of both; a NaN in v stays. */
+INLINE lanes at_most(lanes v, lanes limit) {
+#if defined(__AVX512F__)
+    return (lanes)_mm512_min_ps((__m512)limit, (__m512)v);
+#else
+    return select_lanes(v > limit, limit, v);
+#endif
+}
+
+INLINE lanes at_least(lanes v, lanes limit) {
+#if defined(__AVX512F__)
+    return (lanes)_mm512_max_ps((__m512)limit, (__m512)v);
+#else
+    return select_lanes(v < limit, limit, v);
+#endif
+}
+
 /* e^v to about 1 unit in the last place between -87 and 88; saturates outside. */
 INLINE lanes exp_lanes(lanes v) {
-    v = select_lanes(v < -87.0f, splat(-87.0f), v);
-    v = select_lanes(v > 88.0f, splat(88.0f), v);
+    v = at_most(at_least(v, splat(-87.0f)), splat(88.0f));
     const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
     lanes n = (v * 1.44269504f + shift) - shift;
     lanes r = v - n * 0.693359375f; /* ln 2 in two pieces */
@@ -114,8 +151,12 @@ INLINE lanes exp_lanes(lanes v) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
+#if defined(__AVX512F__)
+    return (lanes)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     bit_lanes power = ((bit_lanes)__builtin_convertvector(n, signed_lanes) + 127) << 23;
     return p * (lanes)power;
+#endif
 }
 
 INLINE lanes sigmoid_lanes(lanes v) { return 1.0f / (1.0f + exp_lanes(-v)); }

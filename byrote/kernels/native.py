@@ -36,6 +36,7 @@ INCLUDE = Path(__file__).parent
 BASE_FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math")  # NaN and infinity keep their meaning
 TUNE_FLAGS = ("-march=native", "-mcpu=native", "")  # clang on some processors knows only the second; the third always builds
 BUILD_TIMEOUT_S = 120
+WORTH_A_THREAD = 1 << 15  # numbers; a pass over fewer ends before a second thread has begun
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -90,6 +91,27 @@ def address(tensor: Tensor | None) -> int | None:
     """Where the numbers of a contiguous tensor begin; None becomes C's NULL."""
     assert tensor is None or tensor.is_contiguous(), "a kernel was handed a tensor with gaps; call contiguous() first"
     return None if tensor is None else tensor.data_ptr()
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to hear of a call with these inputs; without it a kernel runs at a third of the overhead."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def rows(x: Tensor) -> Tensor:
+    """x as [N, D] over its last dim, each row without gaps; a copy only where the rows cannot be reached by one stride."""
+    rows_ND = x.reshape(-1, x.shape[-1])
+    return rows_ND if rows_ND.stride(1) == 1 else rows_ND.contiguous()
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Room for a kernel's result, whatever PyTorch's default device and dtype are set to."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def threads_for(numbers: int) -> int:
+    """Threads worth waking for one pass over so many numbers: PyTorch's setting, but one for little work."""
+    return torch.get_num_threads() if numbers >= WORTH_A_THREAD else 1
 
 
 def check(code: int) -> None:

@@ -1,7 +1,9 @@
-"""RMSNorm: x / √(mean x² + ε) · gain, computed in fp32 whatever the input's dtype, cast once at the end."""
+"""RMSNorm: x / √(mean x² + ε) · gain, computed in fp32 whatever the input's dtype, cast once at the end (`kernels.rms_norm`)."""
 
 import torch
 from torch import Tensor, nn
+
+from byrote.kernels.rms_norm import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -11,5 +13,4 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)

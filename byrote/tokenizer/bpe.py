@@ -54,13 +54,10 @@ class Tokenizer:
     def __init__(self, engine: Engine, special_tokens: tuple[str, str, str] = SPECIAL_TOKENS) -> None:
         if not isinstance(engine.model, models.BPE) or "ByteLevel" not in json.dumps(_part(engine, "decoder")):
             raise DataError("the tokenizer is not a byte-level BPE, which byrote needs to know the exact bytes of every token")
-        missing = [token for token in special_tokens if engine.token_to_id(token) is None]
-        if missing:
-            raise DataError(f"the tokenizer's vocabulary has no {', '.join(missing)}")
         engine.encode_special_tokens = True  # characters that look like a special token are just characters
         self._engine = engine
         self.special_tokens = special_tokens
-        self.begin_id, self.end_id, self.pad_id = (engine.token_to_id(token) for token in special_tokens)
+        self.begin_id, self.end_id, self.pad_id = (_special_id(engine, token) for token in special_tokens)
 
     @property
     def vocab_size(self) -> int:
@@ -214,6 +211,13 @@ def _byte_alphabet() -> dict[str, int]:
 
 def _part(engine: Engine, name: str) -> Any:
     return json.loads(engine.to_str())[name]
+
+
+def _special_id(engine: Engine, token: str) -> int:
+    found = engine.token_to_id(token)
+    if found is None:
+        raise DataError(f"the tokenizer's vocabulary has no {token!r}, which its configuration names as a special token")
+    return found
 
 
 def _special_tokens(config: dict[str, Any], file: Path) -> tuple[str, str, str]:

@@ -25,8 +25,9 @@ from typing import Any
 
 import torch
 
-from byrote.checkpoint.atomic import write_json
-from byrote.checkpoint.local import TrainingState, latest, load_training, save
+from byrote.checkpoint.atomic import replace_file
+from byrote.checkpoint.local import TrainingState, load_training, save
+from byrote.checkpoint.runs import latest, prune, step_folder
 from byrote.config import from_dict, to_dict
 from byrote.console import JsonLines
 from byrote.data.loader import Loader
@@ -37,6 +38,7 @@ from byrote.memory.canonical import canonical_ids
 from byrote.model.config import ModelConfig
 from byrote.model.count import count_parameters, optimizer_bytes, table_bytes, table_optimizer_bytes
 from byrote.model.transformer import Model
+from byrote.optim.groups import OptimizerState
 from byrote.optim.rowwise import state_dim
 from byrote.tokenizer.bpe import Tokenizer
 from byrote.train.hooks import Hook, log_metrics, save_checkpoints
@@ -152,21 +154,23 @@ class Run:
     def save(self) -> Path:
         """Write a checkpoint of this moment; returns its folder."""
         optimizer = self.trainer.optimizers.state_dict()
-        trainer = {"step": self.done, "seconds": self.seconds, "total_steps": self.total_steps, "loader": self.loader.state_dict()}
         training = TrainingState(
-            tensors=optimizer.tensors, meta={"optimizer": optimizer.meta, "trainer": trainer, "run": to_dict(self.config)}
+            step=self.done,
+            optimizer=optimizer.tensors,
+            optimizer_meta=optimizer.meta,
+            loop={"seconds": self.seconds, "total_steps": self.total_steps, "loader": self.loader.state_dict(), "run": to_dict(self.config)},
         )
-        folder = self.out / "checkpoints" / f"step-{self.done:08d}"
-        save(self.model, folder, tokenizer=self.tokenizer, training=training, keep=self.config.train.keep_checkpoints)
+        folder = step_folder(self.out, self.done)
+        save(self.model, folder, tokenizer=self.tokenizer, training=training)
+        prune(self.out, self.config.train.keep_checkpoints)
         return folder
 
     def restore(self, checkpoint: Path) -> None:
         """Go on from a checkpoint of this run, bitwise."""
         training = load_training(checkpoint, self.model)
-        trainer = training.meta["trainer"]
-        self.trainer.optimizers.load_state_dict((training.tensors, training.meta["optimizer"]))
-        self.loader.load_state_dict(trainer["loader"])
-        self.done, self.seconds = trainer["step"], trainer["seconds"]
+        self.trainer.optimizers.load_state_dict(OptimizerState(training.optimizer, training.optimizer_meta))
+        self.loader.load_state_dict(training.loop["loader"])
+        self.done, self.seconds = training.step, training.loop["seconds"]
 
     def write_facts(self, **more: Any) -> None:
         """run.json: everything a reader of the folder should know besides the weights."""
@@ -176,8 +180,10 @@ class Run:
             "total_steps": self.total_steps,
             "facts": self.prepared.facts,
             "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "device": str(self.device),
         }
-        write_json(self.out / "run.json", facts | {"threads": torch.get_num_threads(), "device": str(self.device)} | more)
+        replace_file(self.out / "run.json", json.dumps(facts | more, indent=1).encode())
 
     def summary(self, interrupted: bool) -> TrainSummary:
         counted = count_parameters(self.config.model)
@@ -270,9 +276,8 @@ def _saved_run(config: RunConfig, out: Path) -> dict[str, Any] | None:
         raise CheckpointError(f"{out / 'run.json'} is damaged ({error}); restore it, or train into another folder") from error
     before, now = _comparable(from_dict(RunConfig, saved["config"])), _comparable(config)
     if before != now:
-        raise ConfigError(
-            f"the run in {out} has another configuration: {_first_difference(before, now)}. Resume with its options, or choose another --out"
-        )
+        change = _first_difference(before, now)
+        raise ConfigError(f"the run in {out} has another configuration: {change}. Resume with its options, or choose another --out")
     return saved
 
 

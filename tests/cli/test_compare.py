@@ -18,13 +18,13 @@ CONFIG = RunConfig(name="a", model=load_preset("tiny"), data=DataConfig(sources=
 PLAIN = replace(CONFIG, model=replace(CONFIG.model, engram=None))
 
 
-def write_run(folder, config, bits, *, seed=0, speed=100.0):
+def write_run(folder, config, bits, *, seed=0, speed=100.0, device="cpu"):
     folder.mkdir()
     config = replace(config, name=folder.name, train=replace(config.train, seed=seed))
     at = [{"step": n, "tokens": n * 512, "seconds": float(n)} for n in (10, 20, 30)]
     rows = [{"kind": "train", "loss": 3.0, "bits_per_byte": 4 - row["step"] / 20, "tokens_per_second": speed} | row for row in at]
-    rows += [{"kind": "validation", "bits_per_byte": bits + 30 - row["step"]} | row for row in at[1:]]
-    (folder / "run.json").write_text(json.dumps({"config": to_dict(config), "summary": {}}))
+    rows += [{"kind": "validation", "step": n, "bits_per_byte": bits + 30 - n, "tokens": 7, "seconds": 0.1} for n in (20, 30)]
+    (folder / "run.json").write_text(json.dumps({"config": to_dict(config), "total_steps": 30, "device": device}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder)
 
@@ -63,13 +63,22 @@ def test_a_row_carries_sizes_and_what_was_trained(capsys, runs):
     counted = count_parameters(CONFIG.model)
     assert (memory["parameters"], memory["memory"]) == (counted.trained, counted.table)
     assert plain["memory"] == 0
-    assert (memory["steps"], memory["tokens"]) == (30, 30 * 512)
+    assert (memory["steps"], memory["tokens"]) == ([30, 30], [30 * 512, 30 * 512])
     assert memory["tokens_per_second"]["mean"] == 101
 
 
 def test_a_part_switched_off_is_one_difference_not_many(capsys, runs):
     (difference,) = compared(capsys, *runs)["differences"]
     assert difference == 'model.engram: "on" | null'
+
+
+def test_a_field_that_differs_between_runs_with_the_part_is_named_although_another_run_lacks_the_part(capsys, tmp_path):
+    wide = replace(CONFIG, model=replace(CONFIG.model, engram=replace(CONFIG.model.engram, head_dim=99)))
+    runs = [write_run(tmp_path / name, config, 1.0) for name, config in (("plain", PLAIN), ("memory", CONFIG), ("wide", wide))]
+    assert compared(capsys, *runs)["differences"] == [
+        'model.engram: null | "on" | "on"',
+        f"model.engram.head_dim: – | {CONFIG.model.engram.head_dim} | 99",
+    ]
 
 
 def test_every_other_difference_is_named(capsys, tmp_path):
@@ -119,7 +128,37 @@ def test_a_run_that_has_only_begun_is_shown_with_blanks(capsys, tmp_path):
     run = write_run(tmp_path / "young", CONFIG, 1.0)
     (tmp_path / "young" / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "los')
     assert main(["compare", run]) == 0
-    assert re.search(r"young +\S+ +\S+ +– +– +– +– +1\n", capsys.readouterr().out)
+    shown = capsys.readouterr().out
+    assert re.search(r"young +\S+ +\S+ +– +– +– +– +1\n", shown)
+    assert "Not finished, so not comparable with finished runs: young." in shown
+
+
+def test_runs_with_a_budget_of_seconds_show_how_far_their_steps_lie_apart(capsys, tmp_path):
+    runs = [write_run(tmp_path / name, CONFIG, 1.0, seed=seed) for seed, name in enumerate(("slow", "fast"))]
+    metrics = tmp_path / "slow" / "metrics.jsonl"
+    kept = [line for line in metrics.read_text().splitlines() if '"step": 30' not in line]
+    metrics.write_text("\n".join(kept) + "\n")
+    saved = json.loads((tmp_path / "slow" / "run.json").read_text())
+    (tmp_path / "slow" / "run.json").write_text(json.dumps(saved | {"total_steps": 20}))
+    assert main(["compare", *runs]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"slow, fast .* 20–30 .* 2\n", shown)
+    assert "Not finished" not in shown
+
+
+def test_speeds_of_different_devices_are_not_averaged(capsys, tmp_path):
+    runs = [write_run(tmp_path / device, CONFIG, 1.0, seed=seed, device=device) for seed, device in enumerate(("cpu", "cuda"))]
+    compared_runs = compared(capsys, *runs)
+    assert [row["seeds"] for row in compared_runs["rows"]] == [1, 1]
+    assert compared_runs["differences"] == ['train.device: "cpu" | "cuda"']
+
+
+def test_validation_is_drawn_over_the_tokens_trained_until_then(capsys, tmp_path):
+    run = write_run(tmp_path / "run", CONFIG, 1.0)
+    main(["compare", run])
+    (validation, training, _) = re.findall(r'points="([^"]*)"', (tmp_path / "compare.html").read_text())
+    assert validation.split()[-1].split(",")[0] == training.split()[-1].split(",")[0], "both end where the run ended"
+    assert len(validation.split()) == 2
 
 
 @pytest.mark.parametrize(

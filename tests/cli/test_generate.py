@@ -103,6 +103,12 @@ def test_wrong_arguments_are_refused_before_anything_is_loaded(capsys, monkeypat
     assert expected in capsys.readouterr().err
 
 
+def test_a_model_without_a_tokenizer_is_refused_with_what_to_do(capsys, monkeypatch):
+    monkeypatch.setitem(vars(byrote), "load", lambda path, device: (Speaker(), None))
+    assert main(["generate", "runs/x", "p"]) == 2
+    assert "runs/x holds a model without a tokenizer" in capsys.readouterr().err
+
+
 def test_a_counter_knows_no_speed_of_fewer_than_two_tokens():
     for count in (0, 1):
         counter = Counter(range(count))

@@ -1,39 +1,43 @@
 """`byrote train` around a stand-in for the session: what reaches it, and what is refused before it."""
 
 import json
-import sys
-from dataclasses import dataclass, replace
-from types import ModuleType
+import math
+import shlex
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
-from byrote.cli import train
+from byrote.cli import train, training
 from byrote.cli.main import main
 from byrote.config import apply_overrides, describe, from_dict, to_dict
+from byrote.eval.bits import BitsResult
 from byrote.model.config import MTPConfig
 from byrote.model.presets import load_preset
 from byrote.train.run import DataConfig, OptimConfig, RunConfig, SourceConfig, TrainConfig
+from byrote.train.session import TrainSummary
 
 RECIPE = RunConfig(
     name="stand-in", model=load_preset("tiny"), data=DataConfig(sources=(SourceConfig(path="notes"),)), train=TrainConfig(steps=7)
 )
 
 
-@dataclass
-class Summary:
-    steps: int
+SUMMARY = TrainSummary(steps=7, tokens=99, seconds=2.5, tokens_per_second=39.6, loss=math.nan, parameters=1234, memory_parameters=0)
 
 
 @pytest.fixture
 def session(monkeypatch, tmp_path):
-    """Calls of the session as (config, out, resume). Works in an empty folder."""
-    calls = []
-    module = ModuleType("byrote.train.session")
-    module.train = lambda config, out, *, resume: calls.append((config, out, resume)) or Summary(steps=7)
-    monkeypatch.setitem(sys.modules, "byrote.train.session", module)
+    """Calls of the session as (config, out, resume), and `result`: what it returns. Works in an empty folder."""
+    session = SimpleNamespace(calls=[], result=SUMMARY, bits=BitsResult(1.5, [], 9, 0.1))
+
+    def train_with_progress(config, out, *, resume, progress):
+        session.calls.append((config, out, resume))
+        return None, session.result, SimpleNamespace(last=None if session.result.interrupted else session.bits)
+
+    monkeypatch.setattr(training, "train_with_progress", train_with_progress)
     monkeypatch.setattr(train, "load_recipe", lambda name: RECIPE)
     monkeypatch.chdir(tmp_path)
-    return calls
+    return session
 
 
 def made_run(folder):
@@ -44,7 +48,7 @@ def made_run(folder):
 
 def test_without_options_the_recipe_is_trained_as_it_is(session, capsys):
     assert main(["train", "tiny_cpu"]) == 0
-    ((config, out, resume),) = session
+    ((config, out, resume),) = session.calls
     assert (config, str(out), resume) == (RECIPE, "runs/stand-in", False)
     assert "byrote generate runs/stand-in" in capsys.readouterr().out
 
@@ -52,7 +56,7 @@ def test_without_options_the_recipe_is_trained_as_it_is(session, capsys):
 def test_options_change_the_fields_they_name_and_the_name_sets_the_folder(session):
     argv = ["--name", "other", "--optim.lr", "1e-3", "--model.mtp=none", "--data.sources", "a,b", "--train.seed", "-1"]
     assert main(["train", "tiny_cpu", *argv]) == 0
-    config, out, _ = session[0]
+    config, out, _ = session.calls[0]
     expected = replace(
         RECIPE,
         name="other",
@@ -67,7 +71,25 @@ def test_options_change_the_fields_they_name_and_the_name_sets_the_folder(sessio
 
 def test_json_prints_the_summary_alone(session, capsys):
     main(["train", "tiny_cpu", "--json"])
-    assert json.loads(capsys.readouterr().out) == {"steps": 7}
+    result = json.loads(capsys.readouterr().out)
+    assert (result["run"], result["steps"], result["validation_bits_per_byte"]) == ("runs/stand-in", 7, 1.5)
+    assert result["loss"] is None, "JSON has no NaN"
+
+
+def test_the_result_names_the_score_and_its_seeds(session, capsys):
+    main(["train", "tiny_cpu"])
+    assert "1.5000 bits per byte (one run, one seed)" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_says_how_to_go_on_with_the_same_options(session, capsys, tmp_path):
+    session.result = replace(SUMMARY, interrupted=True)
+    assert main(["train", "tiny_cpu", "--optim.lr", "1e-3", "--data.sources", "my notes", "--out", "here"]) == 130
+    command = capsys.readouterr().err.strip().splitlines()[-1]
+    made_run(tmp_path / "here")
+    session.result = SUMMARY
+    assert main(shlex.split(command)[1:]) == 0
+    (first, again) = session.calls
+    assert again == (first[0], first[1], True)
 
 
 def test_help_documents_every_field_of_the_configuration(capsys):
@@ -88,7 +110,7 @@ def test_a_dry_run_prints_a_configuration_that_can_be_given_back_and_trains_noth
     assert apply_overrides(config, given) == config
     assert apply_overrides(replace(config, optim=OptimConfig(lr=0.5), name="x"), given) == config
     assert "FLOPs per token" in shown
-    assert session == []
+    assert session.calls == []
 
 
 def test_a_dry_run_in_json_holds_the_configuration_and_the_plan(session, capsys):
@@ -106,7 +128,7 @@ def test_a_run_is_not_overwritten_but_can_be_resumed(session, capsys, tmp_path):
     assert "already holds a run" in message
     assert "--resume" in message
     assert main(["train", "tiny_cpu", "--out", str(out), "--resume"]) == 0
-    assert session == [(RECIPE, out, True)]
+    assert session.calls == [(RECIPE, out, True)]
 
 
 def test_an_empty_folder_is_taken_and_what_is_no_run_is_not_resumed(session, capsys, tmp_path):
@@ -130,7 +152,7 @@ def test_what_cannot_be_trained_is_refused_before_the_session(session, capsys, t
     (tmp_path / "file").touch()
     assert main(["train", "tiny_cpu", *argv]) == 2
     assert expected in capsys.readouterr().err
-    assert session == []
+    assert session.calls == []
 
 
 def test_an_unknown_recipe_names_the_nearest(capsys):

@@ -12,35 +12,53 @@
 #include <stdlib.h>
 
 
-/* Fills the tile with the streams of `n` tokens from `first`: copied from `old`, or mixed with y and written to `to`. */
-INLINE void fill_tile(const work *w, const sizes *s, long first, long n, const int R, const int bf16, const int whole, const void *old, const void *y,
-                      const float *post, const float *comb, void *to) {
+typedef struct {
+    const void *old, *y; /* y NULL: no site is left, `old` are the streams */
+    const float *post, *comb;
+    void *streams;
+    const float *fn, *base, *scale; /* fn NULL: no site is entered */
+    void *x;
+    float *post_out, *comb_out, *z, *inverse_rms;
+} forward_data;
+
+/* Copies the streams of `n` tokens from `first` into the tile; w->square receives the sum of their squares. */
+INLINE void load_tile(const work *w, const sizes *s, long first, long n, const int R, const int bf16, const int whole, const void *streams) {
+    for (long t = 0; t < n; t++) {
+        lanes square = {0};
+        for (int j = 0; j < R; j++) {
+            const row from = row_at(streams, (first + t) * R + j, s->D, bf16, whole);
+            for (long d = 0; d < s->D; d += LANES) {
+                lanes h = load_row(from, d);
+                store(w->flat + t * w->S + j * w->P + d, h);
+                square += h * h;
+            }
+        }
+        w->square[t] = sum_lanes(square);
+    }
+}
+
+/* Mixes the old streams and y into the tile, and into memory. */
+INLINE void mix_tile(const work *w, const sizes *s, long first, long n, const int R, const int bf16, const int whole, const forward_data *a) {
     const long D = s->D, P = w->P;
     for (long t = 0; t < n; t++) {
         const long token = first + t;
         float *f = w->flat + t * w->S;
-        lanes square = {0};
+        lanes square = {0}, post[MAX_R], comb[MAX_R * MAX_R];
+        for (int k = 0; k < R; k++) post[k] = splat(a->post[token * R + k]);
+        for (int i = 0; i < R * R; i++) comb[i] = splat(a->comb[token * R * R + i]);
         for (long d = 0; d < D; d += LANES) {
-            lanes h[MAX_R];
+            lanes h[MAX_R], y = load_row(row_at(a->y, token, D, bf16, whole), d);
 #pragma GCC unroll 4
-            for (int j = 0; j < R; j++) h[j] = load_row(row_at(old, token * R + j, D, bf16, whole), d);
-            if (y) {
-                lanes in = load_row(row_at(y, token, D, bf16, whole), d);
+            for (int j = 0; j < R; j++) h[j] = load_row(row_at(a->old, token * R + j, D, bf16, whole), d);
 #pragma GCC unroll 4
-                for (int k = 0; k < R; k++) {
-                    lanes sum = post[token * R + k] * in;
+            for (int k = 0; k < R; k++) {
+                lanes sum = post[k] * y;
 #pragma GCC unroll 4
-                    for (int j = 0; j < R; j++) sum += comb[(token * R + j) * R + k] * h[j];
-                    sum = store_row(row_at(to, token * R + k, D, bf16, whole), d, sum);
-                    store(f + k * P + d, sum);
-                    square += sum * sum;
-                }
-            } else
-#pragma GCC unroll 4
-                for (int j = 0; j < R; j++) {
-                    store(f + j * P + d, h[j]);
-                    square += h[j] * h[j];
-                }
+                for (int j = 0; j < R; j++) sum += comb[j * R + k] * h[j];
+                sum = store_row(row_at(a->streams, token * R + k, D, bf16, whole), d, sum);
+                store(f + k * P + d, sum);
+                square += sum * sum;
+            }
         }
         w->square[t] = sum_lanes(square);
     }
@@ -68,18 +86,10 @@ static void read_rows(float *to, const float *from, long first, long n, int coun
         for (long t = 0; t < TILE; t++) to[m * TILE + t] = t < n && from ? from[(first + t) * count + m] : 0;
 }
 
-typedef struct {
-    const void *old, *y; /* y NULL: no site is left, `old` are the streams */
-    const float *post, *comb;
-    void *streams;
-    const float *fn, *base, *scale; /* fn NULL: no site is entered */
-    void *x;
-    float *post_out, *comb_out, *z, *inverse_rms;
-} forward_data;
-
 INLINE void forward_tile(work *w, const sizes *s, const forward_data *a, long first, long n, const int R, const int bf16, const int whole) {
     const int M = s->M;
-    fill_tile(w, s, first, n, R, bf16, whole, a->old, a->y, a->post, a->comb, a->streams);
+    if (a->y) mix_tile(w, s, first, n, R, bf16, whole, a);
+    else load_tile(w, s, first, n, R, bf16, whole, a->old);
     if (!a->fn) return;
     project(w, M, n);
     for (long t = 0; t < n; t++) {
@@ -88,7 +98,7 @@ INLINE void forward_tile(work *w, const sizes *s, const forward_data *a, long fi
         for (int m = 0; m < M; m++) w->z[m * TILE + t] *= inverse_rms;
     }
     write_rows(a->z, w->z, first, n, M);
-    coefficients(w, a->base, a->scale, R, M, s->iters, s->eps);
+    coefficients(w, a->base, a->scale, s, M);
     if (M > R) write_rows(a->post_out, w->coef + R * TILE, first, n, R);
     if (M > R) write_rows(a->comb_out, w->coef + 2 * R * TILE, first, n, R * R);
     collapse(w, s, first, n, R, bf16, whole, a->x);
@@ -164,16 +174,16 @@ INLINE void backward_tile(work *w, const sizes *s, const backward_data *a, long 
     const int M = s->M;
     float inverse_rms[TILE] = {0};
     if (a->fn) {
-        fill_tile(w, s, first, n, R, bf16, whole, a->streams, NULL, NULL, NULL, NULL);
+        load_tile(w, s, first, n, R, bf16, whole, a->streams);
         read_rows(w->z, a->z, first, n, M);
         memcpy(inverse_rms, a->inverse_rms + first, n * sizeof(float));
-        coefficients(w, a->base, a->scale, R, R, 0, s->eps);
+        coefficients(w, a->base, a->scale, s, R);
     }
     collapse_back(w, s, a, first, n, R, bf16, whole);
     if (a->fn) {
         if (M > R) read_rows(w->pull + R * TILE, a->d_post_out, first, n, R);
         if (M > R) read_rows(w->pull + 2 * R * TILE, a->d_comb_out, first, n, R * R);
-        coefficients_back(w, inverse_rms, a->base, a->scale, s, R);
+        coefficients_back(w, inverse_rms, a->base, a->scale, s);
         project_back(w, M, n);
     }
     if (a->y) {

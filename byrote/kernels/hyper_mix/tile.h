@@ -46,10 +46,10 @@ INLINE void dot_block(const float *f, long S, const float *fn, long fn_stride, f
     for (long k = 0; k < length; k += LANES) {
         lanes w[6];
 #pragma GCC unroll 6
-        for (int o = 0; o < outs; o++) w[o] = load(fn + o * fn_stride + k);
+        for (int o = 0; o < outs; o++) w[o] = hold(fn + o * fn_stride + k);
 #pragma GCC unroll 4
         for (int t = 0; t < GROUP; t++) {
-            lanes v = load(f + t * S + k);
+            lanes v = hold(f + t * S + k);
 #pragma GCC unroll 6
             for (int o = 0; o < outs; o++) sum[t][o] += v * w[o];
         }
@@ -90,7 +90,7 @@ INLINE void pull_block(const work *w, int M, long t0, long k, const int vecs) {
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
         for (int v = 0; v < vecs; v++) {
-            lanes row = load(fn + m * w->fn_stride + v * LANES);
+            lanes row = hold(fn + m * w->fn_stride + v * LANES);
 #pragma GCC unroll 4
             for (int t = 0; t < GROUP; t++) sum[t][v] += pull[m * TILE + t] * row;
         }
@@ -112,7 +112,7 @@ INLINE void weight_block(const work *w, int m, long n, long k, const int outs, c
     for (long t = 0; t < n; t++) {
         lanes x[4];
 #pragma GCC unroll 4
-        for (int v = 0; v < vecs; v++) x[v] = load(f + t * w->S + v * LANES);
+        for (int v = 0; v < vecs; v++) x[v] = hold(f + t * w->S + v * LANES);
 #pragma GCC unroll 6
         for (int o = 0; o < outs; o++)
 #pragma GCC unroll 4
@@ -125,10 +125,9 @@ INLINE void weight_block(const work *w, int m, long n, long k, const int outs, c
 }
 
 INLINE void project_back_at(const work *w, int M, long n, long k, const int vecs) {
-    int m = 0;
     for (long t = 0; t < n; t += GROUP) pull_block(w, M, t, k, vecs);
-    for (; m + 6 <= M; m += 6) weight_block(w, m, n, k, 6, vecs);
-    for (; m < M; m++) weight_block(w, m, n, k, 1, vecs);
+    for (int m = 0; m < M / 6 * 6; m += 6) weight_block(w, m, n, k, 6, vecs);
+    for (int m = M / 6 * 6; m < M; m++) weight_block(w, m, n, k, 1, vecs);
 }
 
 static void project_back(const work *w, int M, long n) {
@@ -140,7 +139,7 @@ static void project_back(const work *w, int M, long n) {
 /* ---- coefficients, one lane a token ---- */
 
 /* z (already divided by the root mean square) -> coef. With M == R there is nothing but pre. */
-INLINE void coefficients(const work *w, const float *base, const float *scale, int R, int M, int iters, float eps) {
+INLINE void coefficients_for(const work *w, const float *base, const float *scale, int R, int M, int iters, float eps) {
     for (int t = 0; t < TILE; t += LANES) {
         lanes mixes[R * R];
         for (int m = 0; m < M; m++) {
@@ -156,7 +155,7 @@ INLINE void coefficients(const work *w, const float *base, const float *scale, i
 }
 
 /* `pull` enters as the cotangent of the coefficients and leaves as that of fn f; sums over tokens go to dbase and dscale. */
-INLINE void coefficients_back(const work *w, const float *inverse_rms, const float *base, const float *scale, const sizes *s, int R) {
+INLINE void coefficients_back_for(const work *w, const float *inverse_rms, const float *base, const float *scale, const sizes *s, int R) {
     const int M = s->M;
     for (int t = 0; t < TILE; t += LANES) {
         lanes mixes[R * R], grad[R * R], along = {0}, rms = load(inverse_rms + t);
@@ -180,4 +179,14 @@ INLINE void coefficients_back(const work *w, const float *inverse_rms, const flo
         }
         store(w->square + t, -along * rms * rms / (float)(R * s->D));
     }
+}
+
+static void coefficients(const work *w, const float *base, const float *scale, const sizes *s, int M) {
+    if (s->R == 4) coefficients_for(w, base, scale, 4, M, s->iters, s->eps);
+    else coefficients_for(w, base, scale, s->R, M, s->iters, s->eps);
+}
+
+static void coefficients_back(const work *w, const float *inverse_rms, const float *base, const float *scale, const sizes *s) {
+    if (s->R == 4) coefficients_back_for(w, inverse_rms, base, scale, s, 4);
+    else coefficients_back_for(w, inverse_rms, base, scale, s, s->R);
 }

@@ -1,4 +1,4 @@
-"""SwiGLU on a fused projection: silu(gate) · up, with V4's clamp and an optional weight per token.
+"""SwiGLU in plain PyTorch.
 
 `gate_up_N2F` holds the gate in its first half of columns and the linear part in the second. With `limit`, the gate is cut from
 above and the linear part from both sides (V4 report §4, v4_spec §8). `weight_N` scales the result: a routed expert's gate, applied
@@ -17,4 +17,4 @@ def swiglu(gate_up_N2F: Tensor, *, limit: float | None = None, weight_N: Tensor 
     if limit is not None:
         gate_NF, up_NF = gate_NF.clamp(max=limit), up_NF.clamp(-limit, limit)
     hidden_NF = functional.silu(gate_NF) * up_NF
-    return hidden_NF if weight_N is None else hidden_NF * weight_N[:, None].to(hidden_NF.dtype)
+    return hidden_NF if weight_N is None else hidden_NF * weight_N[..., None].to(hidden_NF.dtype)

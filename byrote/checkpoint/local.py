@@ -1,0 +1,292 @@
+"""Saving and loading on one machine. A checkpoint is a folder, whole or absent (`atomic.py`), checked when it is read (`manifest.py`).
+
+    config.json                   the model's configuration
+    model.safetensors             state_dict: parameters, buffers, and the marker of the table
+    table.safetensors             with memory: rows [N, E] in their own dtype, and the canonical map [V] where there is one
+    tokenizer/                    where one was given
+    trainer.json                  ┐
+    trainer.safetensors           │ with training state: what the loop must know to go on (step, loader, random numbers …),
+    optimizer.safetensors         │ the optimizers' state, the rows' own optimizer state and visits
+    table_state.safetensors       ┘
+    manifest.json                 format, step, sizes and checksums of all these; written last
+
+Nothing is unpickled. The table comes first, then the state_dict, whose marker must agree with the rows. A table loaded on the CPU
+is mapped, not read: its rows come into memory when they are used, and copies are made of the pages that training changes.
+
+Shapes: N rows of the table, E numbers in a row, S numbers of optimizer state per row, V vocabulary.
+"""
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from byrote.checkpoint.atomic import replacing_folder, standing, write_new
+from byrote.checkpoint.manifest import MANIFEST, check_files, read_manifest, write_manifest
+from byrote.checkpoint.runs import find_checkpoint, listing, newest_complete
+from byrote.checkpoint.tensors import expect, read_tensors, tensor_bytes, tensor_file
+from byrote.config import from_dict, to_dict
+from byrote.device import check_disk, disk_free, pick_device
+from byrote.errors import CapacityError, CheckpointError, ConfigError
+from byrote.memory.table import DeviceTable
+from byrote.model.config import ModelConfig
+from byrote.model.transformer import Model
+from byrote.tokenizer.bpe import Tokenizer
+
+CONFIG, MODEL, TABLE, TOKENIZER = "config.json", "model.safetensors", "table.safetensors", "tokenizer"
+TRAINER, TRAINER_TENSORS, OPTIMIZER, TABLE_STATE = "trainer.json", "trainer.safetensors", "optimizer.safetensors", "table_state.safetensors"
+_ALL = (CONFIG, MODEL, TABLE, TOKENIZER, TRAINER, TRAINER_TENSORS, OPTIMIZER, TABLE_STATE, MANIFEST)
+_FP32_ROLES = ("norm", "mix", "conv", "router")  # `load(dtype=)` lowers none of these
+_ROOM = 1 << 20  # bytes for JSON, tokenizer and file system, beside the tensors
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingState:
+    """What a training loop needs to go on, besides the model. `optimizer` and its meta are `Optimizers.state_dict()`."""
+
+    step: int  # optimizer steps done
+    optimizer: dict[str, Tensor]
+    optimizer_meta: dict[str, Any]  # JSON
+    loop: dict[str, Any]  # JSON: state of the loader, what the run is, loads …
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # of the loop: random number generators …
+
+
+class Loaded(NamedTuple):
+    model: Model
+    tokenizer: Tokenizer | None
+
+
+def save(model: Model, path: str | os.PathLike[str], *, tokenizer: Tokenizer | None = None, training: TrainingState | None = None) -> None:
+    """Write a checkpoint to folder `path`; one that stands there is replaced. Until the end the old one stays, also under `kill -9`.
+
+    Raises CheckpointError if something else is at `path` or writing fails, CapacityError if the disk has too little room.
+    """
+    if not isinstance(model, Model):
+        raise ConfigError(f"byrote.save needs a byrote.Model, got {type(model).__name__}; of a wrapped model give the one inside")
+    target = Path(path).expanduser().resolve()
+    generations = _flush_table(model, training)
+    tensors, documents = _tensors(model, training), _documents(model, training)
+    need = _ROOM + sum(tensor_bytes(tensor) for group in tensors.values() for tensor in group.values())
+    with _explained(target, need):
+        _check_replaceable(target)
+        check_disk(target.parent, need, f"the checkpoint {target.name}")
+        with replacing_folder(target) as folder:
+            for name, group in tensors.items():
+                write_new(folder / name, tensor_file(group))
+            for name, document in documents.items():
+                write_new(folder / name, [document])
+            if tokenizer is not None:
+                tokenizer.save(folder / TOKENIZER)
+            write_manifest(folder, step=training.step if training else None, table_generations=generations)
+
+
+def load(
+    path: str | os.PathLike[str], *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, verify: bool = True
+) -> Loaded:
+    """The model of a checkpoint, or of a run's newest one, in evaluation mode, and its tokenizer (None if it has none).
+
+    `dtype` is for matrices, embedding and head; norms, mixing, routers, buffers and table rows keep at least the precision they were
+    saved in. `verify=False` skips the checksums (names and sizes are checked always). Raises CheckpointError, ConfigError (device).
+    """
+    device = pick_device(device) if isinstance(device, str) else device
+    folder = _open(path, verify)
+    model = _blank(_read_config(folder))
+    if model.memory is not None:
+        model.memory.store.vectors_NE = _rows(model, folder)
+    weights = read_tensors(folder / MODEL)
+    expect(weights, _state(model), str(folder / MODEL), same_dtype=False)
+    dtypes = _dtypes(model, weights, dtype)
+    model.load_state_dict({name: saved.to(device, dtypes[name], copy=True) for name, saved in weights.items()}, assign=True)
+    if model.memory is not None:
+        model.memory.to(device)
+    tokenizer = Tokenizer.load(folder / TOKENIZER) if (folder / TOKENIZER).is_dir() else None
+    return Loaded(model.eval(), tokenizer)
+
+
+def load_training(path: str | os.PathLike[str], model: Model, *, verify: bool = True) -> TrainingState:
+    """Put weights, rows and the rows' optimizer state into `model`, and return what the loop needs to go on, bitwise.
+
+    The model must have the saved configuration, dtypes, and `table_state_dim`. Raises CheckpointError, also if there is nothing to
+    resume from because the checkpoint was saved without training state.
+    """
+    folder = _open(path, verify)
+    if not (folder / TRAINER).is_file():
+        raise CheckpointError(f"{folder} was saved without training state: it can be loaded (byrote.load), not resumed")
+    _check_config(folder, model.config)
+    weights = read_tensors(folder / MODEL)
+    expect(weights, _state(model), str(folder / MODEL))
+    if model.memory is not None:
+        _restore_table(model, folder)
+    model.load_state_dict(weights)
+    about = _read_json(folder / TRAINER)
+    return TrainingState(
+        step=about["step"],
+        optimizer=read_tensors(folder / OPTIMIZER),
+        optimizer_meta=about["optimizer"],
+        loop=about["loop"],
+        tensors=read_tensors(folder / TRAINER_TENSORS),
+    )
+
+
+# --- what is saved ----------------------------------------------------------------------------------------------------
+
+
+def _tensors(model: Model, training: TrainingState | None) -> dict[str, dict[str, Tensor]]:
+    """File → its tensors."""
+    files: dict[str, dict[str, Tensor]] = {MODEL: model.state_dict()}
+    if model.memory is not None:
+        canonical_V = model.memory.canonical_V
+        files[TABLE] = {"vectors_NE": model.memory.store.vectors_NE} | ({} if canonical_V is None else {"canonical_V": canonical_V})
+    if training is not None:
+        files |= {OPTIMIZER: training.optimizer, TRAINER_TENSORS: training.tensors}
+        if model.memory is not None:
+            files[TABLE_STATE] = _table_state(model.memory.store)
+    return files
+
+
+def _table_state(store: DeviceTable) -> dict[str, Tensor]:
+    return {"state_NS": store.state_NS, "visits_N": store.visits_N}
+
+
+def _documents(model: Model, training: TrainingState | None) -> dict[str, bytes]:
+    """File → its JSON."""
+    values = {CONFIG: to_dict(model.config)}
+    if training is not None:
+        values[TRAINER] = {"step": training.step, "optimizer": training.optimizer_meta, "loop": training.loop}
+    return {name: json.dumps(value, indent=1).encode() for name, value in values.items()}
+
+
+def _flush_table(model: Model, training: TrainingState | None) -> tuple[int, ...]:
+    """Makes the store durable; returns the generations of tables that belong to this checkpoint."""
+    if model.memory is None:
+        return ()
+    generation = 0 if training is None else training.step
+    model.memory.store.flush(generation)
+    return (generation,)
+
+
+def _check_replaceable(target: Path) -> None:
+    """A folder is replaced only if all that lies in it is part of a checkpoint."""
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} is a file; name a folder for the checkpoint")
+    foreign = sorted({*os.listdir(target)} - {*_ALL}) if target.is_dir() else []
+    if foreign:
+        raise CheckpointError(
+            f"{target} is no checkpoint and is not replaced: it holds {listing(foreign)}. Name a new folder, such as {target / 'model'}"
+        )
+
+
+@contextlib.contextmanager
+def _explained(target: Path, need: int) -> Iterator[None]:
+    """Errors of the disk say what was needed and what still stands."""
+    try:
+        yield
+    except CapacityError as error:
+        raise CapacityError(f"{error}. {_what_stands(target)}") from None
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            free = disk_free(target.parent)
+            raise CapacityError(
+                f"the disk is full: the checkpoint {target} needs {need / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free. "
+                f"Free some space or save to another disk. {_what_stands(target)}"
+            ) from error
+        raise CheckpointError(f"the checkpoint {target} could not be saved: {error}. {_what_stands(target)}") from error
+
+
+def _what_stands(target: Path) -> str:
+    previous = standing(target) if standing(target).is_dir() else newest_complete(target.parent)
+    return f"The previous checkpoint {previous} is intact" if previous else "Nothing was changed on disk"
+
+
+# --- what is loaded ---------------------------------------------------------------------------------------------------
+
+
+def _open(path: str | os.PathLike[str], verify: bool) -> Path:
+    folder = find_checkpoint(path)
+    check_files(folder, read_manifest(folder), checksums=verify)
+    return folder
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Restore the checkpoint from a copy") from error
+
+
+def _read_config(folder: Path) -> ModelConfig:
+    try:
+        return from_dict(ModelConfig, _read_json(folder / CONFIG))
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / CONFIG} is not the configuration of a model of this version of byrote: {error}") from error
+
+
+def _check_config(folder: Path, config: ModelConfig) -> None:
+    saved, ours = _flat(to_dict(_read_config(folder))), _flat(to_dict(config))
+    other = [f"{name} is {saved.get(name)} there, {ours.get(name)} here" for name in {**saved, **ours} if saved.get(name) != ours.get(name)]
+    if other:
+        raise CheckpointError(f"{folder} is of another model: {listing(other)}. Resume with the configuration of the saved run")
+
+
+def _flat(values: Any, path: str = "model") -> dict[str, Any]:
+    """{"a": {"b": 1}} → {"model.a.b": 1}"""
+    if not isinstance(values, dict):
+        return {path: values}
+    return {name: leaf for key, value in values.items() for name, leaf in _flat(value, f"{path}.{key}").items()}
+
+
+def _blank(config: ModelConfig) -> Model:
+    """A model to load into. Its rows are zero, which costs nothing; random ones would take minutes for a large table."""
+    engram = None if config.engram is None else replace(config.engram, table_std=0.0)
+    model = Model(replace(config, engram=engram))
+    model.config = config
+    return model
+
+
+def _state(model: Model) -> dict[str, Tensor]:
+    """What `model.state_dict()` holds, without reading the table for the marker."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers()), "_extra_state": torch.zeros(1, dtype=torch.int64)}
+
+
+def _dtypes(model: Model, weights: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """Name → dtype to load it in."""
+    roles = model.param_roles()
+    lowered = {name for name in weights if name in roles and roles[name] not in _FP32_ROLES}
+    return {
+        name: saved.dtype
+        if dtype is None or not saved.is_floating_point()
+        else dtype
+        if name in lowered
+        else torch.promote_types(saved.dtype, dtype)
+        for name, saved in weights.items()
+    }
+
+
+def _rows(model: Model, folder: Path) -> Tensor:
+    """The table's rows [N, E], mapped. Gives the memory its canonical map."""
+    assert model.memory is not None, "only a model with memory has rows"
+    tensors = read_tensors(folder / TABLE)
+    wanted = {"vectors_NE": model.memory.store.vectors_NE}
+    if "canonical_V" in tensors:
+        wanted["canonical_V"] = torch.empty(model.config.vocab_size, dtype=torch.int64, device="meta")
+    expect(tensors, wanted, str(folder / TABLE))
+    if "canonical_V" in tensors:
+        model.memory.set_canonical(tensors["canonical_V"].clone())
+    return tensors["vectors_NE"]
+
+
+def _restore_table(model: Model, folder: Path) -> None:
+    assert model.memory is not None, "only a model with memory has a table"
+    store, state = model.memory.store, read_tensors(folder / TABLE_STATE)
+    expect(state, _table_state(store), f"{folder / TABLE_STATE} (saved under another optim.table_rule?)")
+    store.vectors_NE.copy_(_rows(model, folder))
+    store.state_NS.copy_(state["state_NS"])
+    store.visits_N.copy_(state["visits_N"])

@@ -1,0 +1,171 @@
+"""`kill -9` at any moment leaves a checkpoint that loads, and is one of those that were saved.
+
+This file is also the program that is killed: it imports torch once, and forks a saver whenever it is told to. A saver writes one
+number into every weight and row, so that a mixture of two checkpoints would show.
+"""
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from byrote.checkpoint.atomic import ASIDE, TEMPORARY
+from byrote.checkpoint.local import TrainingState, load, load_training, save
+from byrote.checkpoint.runs import prune, step_folder
+from byrote.model.config import EngramConfig, MLAConfig, ModelConfig, ResidualConfig
+from byrote.model.transformer import Model
+
+ROOT = Path(__file__).parents[2]
+CALLS = ("open", "write", "fsync", "rename", "mkdir", "rmdir", "unlink")
+CONFIG = ModelConfig(
+    vocab_size=7,
+    dim=4,
+    num_layers=1,
+    ffn_hidden=4,
+    max_positions=16,
+    attention=MLAConfig(num_heads=1, kv_lora_rank=2, qk_nope_head_dim=2, qk_rope_head_dim=2, v_head_dim=2),
+    residual=ResidualConfig(kind="plain"),
+    moe=None,
+    engram=EngramConfig(layers=(0,), rows_per_order=11, head_dim=2, num_heads=1, max_order=2),
+    mtp=None,
+)
+
+
+def numbered(number: int) -> tuple[Model, TrainingState]:
+    """A model and a training state that say `number` everywhere."""
+    model = Model(CONFIG)
+    for param in model.parameters():
+        param.data.fill_(number)
+    model.memory.store.vectors_NE.fill_(number)
+    model.memory.store.state_NS.fill_(number)
+    return model, TrainingState(step=number, optimizer={"m": torch.full((3,), number)}, optimizer_meta={}, loop={"number": number})
+
+
+def save_step(folder: Path, number: int) -> None:
+    """A step of a run, and a model that is saved to the same place again and again."""
+    model, training = numbered(number)
+    save(model, step_folder(folder / "run", number), training=training)
+    prune(folder / "run", 2)
+    save(model, folder / "model", training=training)
+
+
+def found(path: Path) -> int:
+    """The number that everything in the checkpoint says."""
+    model = Model(CONFIG, seed=1)
+    training = load_training(path, model)
+    store = model.memory.store
+    tensors = [*model.parameters(), store.vectors_NE, store.state_NS, *training.optimizer.values()]
+    numbers = {value for tensor in tensors for value in tensor.unique().tolist()} | {training.step, training.loop["number"]}
+    assert len(numbers) == 1, f"{path} is a mixture of {numbers}"
+    assert all(bool((param == training.step).all()) for param in load(path).model.parameters())
+    return training.step
+
+
+# --- the program that is killed ---------------------------------------------------------------------------------------
+
+
+def kill_at_call(last: int) -> None:
+    """This process kills itself in place of its `last`-th call that changes a disk."""
+    count = itertools.count(1)
+
+    def deadly(call):
+        def wrapped(*args, **kwargs):
+            if next(count) == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kwargs)
+
+        return wrapped
+
+    for name in CALLS:
+        setattr(os, name, deadly(getattr(os, name)))
+
+
+def child(folder: Path, first: int, last_call: int) -> None:
+    if last_call:
+        kill_at_call(last_call)
+        save_step(folder, first)
+    else:
+        for number in itertools.count(first):
+            save_step(folder, number)
+
+
+def main(folder: Path) -> None:
+    """For every line "FIRST LAST_CALL": fork a saver, print its process id, then how it ended: the signal, or 0."""
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        first, last_call = map(int, line.split())
+        pid = os.fork()
+        if pid == 0:
+            child(folder, first, last_call)
+            os._exit(0)
+        print(pid, flush=True)
+        print(os.WTERMSIG(os.waitpid(pid, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+
+
+# --- the tests --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, __file__, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as started:
+        yield started
+        started.stdin.close()
+
+
+def start(program: subprocess.Popen[str], first: int, last_call: int = 0) -> int:
+    program.stdin.write(f"{first} {last_call}\n")
+    program.stdin.flush()
+    return int(program.stdout.readline())
+
+
+def end(program: subprocess.Popen[str]) -> int:
+    return int(program.stdout.readline())
+
+
+def leftovers(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.name.startswith((TEMPORARY, ASIDE))]
+
+
+def test_killed_at_a_random_moment_a_checkpoint_loads(program: subprocess.Popen[str], tmp_path: Path) -> None:
+    save_step(tmp_path, 1)
+    moments, reached = random.Random(0), 1
+    for _ in range(20):
+        pid = start(program, reached + 1)
+        time.sleep(moments.uniform(0.0, 0.15))
+        os.kill(pid, signal.SIGKILL)
+        assert end(program) == signal.SIGKILL
+        of_run, of_model = found(tmp_path / "run"), found(tmp_path / "model")
+        assert reached <= of_model <= of_run <= of_model + 1
+        reached = of_run
+    save_step(tmp_path, reached + 1)
+    assert not leftovers(tmp_path)
+
+
+def test_killed_at_every_call_a_checkpoint_loads(program: subprocess.Popen[str], tmp_path: Path) -> None:
+    save_step(tmp_path, 1)
+    killed, number = 0, 2
+    while True:
+        start(program, number, killed + 1)
+        if end(program) == 0:
+            break
+        killed += 1
+        of_run, of_model = found(tmp_path / "run"), found(tmp_path / "model")
+        assert number - 1 <= of_model <= of_run <= number
+        save_step(tmp_path, number)
+        assert found(tmp_path / "model") == number and not leftovers(tmp_path)
+        number += 1
+    assert killed > 50

@@ -1,0 +1,62 @@
+"""Tiny random DeepSeek-V3 models of transformers, odd in every size, for the twins and the exchange tests."""
+
+from typing import Any
+
+import torch
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 16}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "groups and low-rank queries": {},
+    "full-rank queries": {"q_lora_rank": None},
+    "no groups, gates not normalised": {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "routed_scaling_factor": 0.7},
+    "yarn": {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.4}, "max_position_embeddings": 128},
+    "yarn without mscale, half layout": {"rope_parameters": YARN, "max_position_embeddings": 128, "rope_interleave": False},
+    "experts in every block": {"first_k_dense_replace": 0, "n_shared_experts": 1},
+    "no experts": {"first_k_dense_replace": 3, "num_hidden_layers": 3},
+    "another epsilon than the latents'": {"rms_norm_eps": 1e-3},
+    "one head, one block, values wider than keys": {
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 1,
+        "first_k_dense_replace": 0,
+        "v_head_dim": 13,
+    },
+}
+
+
+def tiny_v3_config(**changes: Any) -> DeepseekV3Config:
+    sizes = {
+        "vocab_size": 53,
+        "hidden_size": 20,
+        "intermediate_size": 11,
+        "moe_intermediate_size": 6,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "n_shared_experts": 2,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 9,
+        "kv_lora_rank": 7,
+        "qk_nope_head_dim": 5,
+        "qk_rope_head_dim": 6,
+        "v_head_dim": 3,
+        "max_position_embeddings": 64,
+    }
+    return DeepseekV3Config(**(sizes | changes), experts_implementation="eager")  # its grouped product refuses odd widths
+
+
+def tiny_v3(seed: int = 0, **changes: Any) -> DeepseekV3ForCausalLM:
+    """Weights far from their small initial values, so that every part has a say in the logits."""
+    torch.manual_seed(seed)
+    model = DeepseekV3ForCausalLM(tiny_v3_config(**changes)).eval()
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_(1.0 if "norm" in name else 0.0, 0.3)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(0, 0.1)
+    return model
