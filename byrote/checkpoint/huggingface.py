@@ -61,8 +61,9 @@ def _say_nothing(status: str) -> None:
 def from_transformers(hf_model: Any) -> Model:
     """The same model as a `DeepseekV3ForCausalLM`, in its dtypes and on its device; nothing is shared with it.
 
-    The class holds no MTP modules, whatever its configuration announces, so the result has none. ConfigError for other classes
-    and for configurations byrote cannot honour.
+    The class holds no MTP modules, whatever its configuration announces, so the result has none. It gives the embedding of its
+    pad_token_id no gradient; here that row trains like any other. ConfigError for configurations byrote cannot honour,
+    CheckpointError for tensors that do not fit them.
     """
     config = config_from_v3({**hf_model.config.to_dict(), "num_nextn_predict_layers": 0})
     tensors = hf_model.state_dict()

@@ -128,7 +128,7 @@ def _moe(data: Mapping[str, Any]) -> MoEConfig:
         num_shared=shared,
         num_groups=_integer(data, "n_group"),
         top_groups=_integer(data, "topk_group"),
-        normalize_gate=bool(_value(data, "norm_topk_prob")),
+        normalize_gate=_flag(data, "norm_topk_prob"),
         route_scale=_number(data, "routed_scaling_factor"),
         num_dense_layers=_integer(data, "first_k_dense_replace"),
     )
@@ -143,7 +143,7 @@ def _rope(data: Mapping[str, Any]) -> RopeConfig:
     odd = sorted(key for key in given if key not in _ROPE_READ and given[key] not in _ROPE_NEUTRAL.get(key, ()))
     if odd:
         raise ConfigError(f"byrote cannot honour these rope parameters: {', '.join(f'{key} = {given[key]!r}' for key in odd)}")
-    layout = "half" if data.get("rope_interleave") is False else "interleaved"
+    layout = "interleaved" if "rope_interleave" not in data or _flag(data, "rope_interleave") else "half"
     return RopeConfig(theta=theta, layout=layout, yarn=_yarn(given, _integer(data, "max_position_embeddings")) if kind == "yarn" else None)
 
 
@@ -173,6 +173,13 @@ def _integer(data: Mapping[str, Any], key: str) -> int:
     value = _value(data, key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ConfigError(f"config.json: {key} is {value!r}; it must be a whole number, 0 or more")
+    return value
+
+
+def _flag(data: Mapping[str, Any], key: str) -> bool:
+    value = _value(data, key)
+    if not isinstance(value, bool):
+        raise ConfigError(f"config.json: {key} is {value!r}; it must be true or false")
     return value
 
 

@@ -15,7 +15,7 @@ HELP = "write a model as DeepSeek-V3 in Hugging Face form"
 
 EXAMPLES = """
 examples:
-  byrote export runs/my-v3 exports/my-v3                     readable by transformers, vLLM, SGLang and others
+  byrote export runs/my-v3 exports/my-v3                     readable by transformers and whatever reads DeepSeek-V3
   byrote export runs/my-v3 exports/my-v3 --overwrite         replace an earlier export, in one piece
   byrote export runs/my-v3 exports/my-v3 --shard-gb 2        more, smaller files
   byrote export runs/my-v3 exports/my-v3 --dry-run           print what would be written

@@ -123,7 +123,7 @@ def _text(value: object, key: str, where: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise DataError(f"{where}: {key!r} holds a value of type {type(value).__name__}, text is needed; set text_key to a field that is a string")
+        raise DataError(f"{where}: {key!r} holds a value of type {type(value).__name__}, text is needed; set text_key to another field")
     if value.isascii():
         return value
     return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

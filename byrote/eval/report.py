@@ -22,6 +22,7 @@ p.note{{color:var(--soft);font-size:.9rem}}
 .wide{{overflow-x:auto}}
 table{{border-collapse:collapse}} th,td{{padding:.25rem .7rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}}
 th:first-child,td:first-child{{text-align:left}}
+.facts td{{white-space:normal;text-align:left;vertical-align:top}}
 pre{{overflow-x:auto;font:13px/1.55 ui-monospace,monospace;border:1px solid var(--line);padding:.7rem;border-radius:.4rem}}
 .bar{{display:grid;grid-template-columns:minmax(9rem,15rem) 1fr 4.5rem;gap:.6rem;align-items:center;margin:.3rem 0}}
 .bar i{{display:block;height:1rem;background:rgb(var(--spoke));border-radius:.2rem;min-width:2px}}
@@ -84,7 +85,7 @@ def render(report: Report) -> str:
 
 def _facts(report: Report) -> str:
     rows = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in report.facts)
-    return f'<h1>{html.escape(report.title)}</h1><div class="wide"><table>{rows}</table></div>'
+    return f'<h1>{html.escape(report.title)}</h1><table class="facts">{rows}</table>'
 
 
 def _curve(report: Report) -> str:

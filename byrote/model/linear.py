@@ -43,5 +43,10 @@ class GroupedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
         self.matmul: GroupedMatmul = _grouped
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether no other product was injected, so that `weight` may be used directly."""
+        return self.matmul is _grouped
+
     def forward(self, x_ND: Tensor, ends_E: Tensor) -> Tensor:
         return self.matmul(x_ND, self.weight, ends_E)

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from byrote.kernels.permute import combine, dispatch
+from byrote.kernels.permute import combine, dispatch, sort_by_expert
 from byrote.kernels.swiglu import swiglu
 from byrote.kernels.topk_gate import SCORES, Choice, topk_gate
 from byrote.model.config import MoEConfig
 from byrote.model.linear import GroupedLinear, Linear
+
+FEW_TOKENS = 4  # a call; beyond it sorting is cheaper
 
 
 class Sorted(NamedTuple):
@@ -43,10 +45,7 @@ class LocalSort:
     """All experts are here: sort by expert, sum back."""
 
     def dispatch(self, x_ND: Tensor, choice: Choice, load_E: Tensor) -> Sorted:
-        flat_M = choice.experts_NK.flatten()
-        order_M = flat_M.argsort(stable=True)
-        place_M = torch.empty_like(order_M)
-        place_M[order_M] = torch.arange(order_M.shape[0], device=order_M.device)
+        order_M, place_M = sort_by_expert(choice.experts_NK.flatten(), load_E.shape[0])
         top_k = choice.experts_NK.shape[1]
         x_MD = dispatch(x_ND, order_M, place_M, top_k)
         gates_M = choice.gates_NK.flatten().index_select(0, order_M)
@@ -82,6 +81,11 @@ class Experts(nn.Module):
         hidden_MF = swiglu(self.gate_up(x_MD, ends_E), limit=self.limit, weight_N=gates_M)
         return self.down(hidden_MF, ends_E)
 
+    def can_take_few(self, tokens: int) -> bool:
+        """Whether `few` may stand in: some tokens but not many, no gradients, and the products are the plain ones."""
+        plain = self.gate_up.is_plain and self.down.is_plain
+        return 0 < tokens <= FEW_TOKENS and plain and not torch.is_grad_enabled()
+
     def few(self, x_ND: Tensor, choice: Choice) -> Tensor:
         """The same for a handful of tokens (decoding): one small product per chosen expert, nothing sorted."""
         rows = []
@@ -93,9 +97,6 @@ class Experts(nn.Module):
     def _one(self, x_D: Tensor, expert: int, gate: Tensor) -> Tensor:
         wide = functional.linear(x_D[None], self.gate_up.weight[expert])
         return functional.linear(swiglu(wide, limit=self.limit, weight_N=gate[None]), self.down.weight[expert])[0]
-
-
-FEW_TOKENS = 4
 
 
 class MoE(nn.Module):
@@ -114,7 +115,7 @@ class MoE(nn.Module):
         x_ND = x_BTD.flatten(0, 1)
         choice, scores_NE = self._route(x_ND)
         load_E = torch.bincount(choice.experts_NK.flatten(), minlength=self.config.num_experts)
-        if x_ND.shape[0] <= FEW_TOKENS and not torch.is_grad_enabled():
+        if isinstance(self.dispatcher, LocalSort) and self.experts.can_take_few(x_ND.shape[0]):
             out_ND = self.experts.few(x_ND, choice)
         else:
             sorted_ = self.dispatcher.dispatch(x_ND, choice, load_E)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from byrote.kernels import rotary
 from byrote.model.config import RopeConfig, YarnConfig
 
 
@@ -68,9 +69,4 @@ def rotation(position_BT: Tensor, frequencies_K: Tensor, scale: float = 1.0) -> 
 
 def rotate(x: Tensor, turn: Rotation, layout: str) -> Tensor:
     """Rotate the last dim of x [B, T, ..., K]; fp32 inside. Any dims between T and K share the rotation."""
-    cos, sin = (part.view(*part.shape[:2], *(1,) * (x.dim() - 3), part.shape[-1]) for part in turn)
-    if layout == "interleaved":
-        a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+    return rotary.rotate(x, turn.cos, turn.sin, layout)

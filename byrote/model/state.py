@@ -2,7 +2,10 @@
 
 Per block the attention latents, per memory layer the tail of the short convolution, and for the whole model one track a token
 each of document, position and canonical id. Roll-back cuts n tokens off every part, which is what speculation needs; a snapshot
-is a length plus copies of the tails.
+is a length plus the tails as they were.
+
+Tracks keep every token, tails only the newest: `floor` is the shortest length they can still be cut to. Worked example with
+max_rollback 16: after 100 tokens it is 84; roll back 10, append 2, and 92 tokens are held, but the tails reach no further than before.
 
 Shapes: B batch, T new tokens, S all tokens so far, W values a tail keeps.
 """
@@ -58,7 +61,7 @@ class Tail:
         """Add T entries; returns [B, reach + T, ...]: what the new entries may look back on, then they themselves."""
         keep = self.values.shape[1]
         whole = torch.cat((self.values, new_BT.to(self.values.dtype)), dim=1)
-        self.values = whole[:, -keep:]
+        self.values = whole[:, -keep:].clone()  # a view would keep a whole prefill in memory
         return whole[:, keep - self.reach :]
 
     def rollback(self, tokens: int) -> None:
@@ -71,6 +74,7 @@ class Tail:
 
 class Snapshot(NamedTuple):
     length: int
+    floor: int
     tails: tuple[Tensor, ...]
 
 
@@ -86,13 +90,22 @@ class DecodeState:
         self.positions = Track(batch, (), torch.int64, device)
         self.canonical = Track(batch, (), torch.int64, device)
         self._ngram_reach, self._pad = ngram_reach, pad
+        self._floor = 0  # as of the last cut; see `floor`
 
     @property
     def length(self) -> int:
         """Tokens appended so far."""
         return self.positions.length
 
-    def check_room(self, tokens: int) -> None:
+    @property
+    def floor(self) -> int:
+        """The shortest length that a roll-back may leave."""
+        return max(self._floor, self.length - self.max_rollback)
+
+    def check_room(self, batch: int, tokens: int) -> None:
+        """Refuse a chunk that does not fit, before anything of it is appended."""
+        if batch != self.batch:
+            raise RequestError(f"this state holds {self.batch} texts, the tokens have {batch} rows; make one with new_state(batch={batch})")
         if self.max_tokens is not None and self.length + tokens > self.max_tokens:
             raise CapacityError(
                 f"{self.length} tokens so far and {tokens} more pass this state's limit of {self.max_tokens}; start a new state or shorten the prompt"
@@ -121,21 +134,26 @@ class DecodeState:
         return self.documents.append(document_BT.to(torch.int64))
 
     def rollback(self, tokens: int) -> None:
-        """Forget the last `tokens` tokens (at most `max_rollback` since the tails keep no more)."""
-        if not 0 <= tokens <= min(self.max_rollback, self.length):
-            raise RequestError(f"cannot roll back {tokens} tokens: {self.length} are held and max_rollback is {self.max_rollback}")
+        """Forget the last `tokens` tokens (at most `max_rollback` of the longest text there was, since the tails keep no more)."""
+        floor = self.floor
+        if not 0 <= tokens <= self.length - floor:
+            raise RequestError(
+                f"cannot roll back {tokens} tokens: {self.length} are held, and with max_rollback {self.max_rollback} at least {floor} must stay"
+            )
+        self._floor = floor
         self._cut(self.length - tokens)
         for tail in self.tails.values():
             tail.rollback(tokens)
 
     def snapshot(self) -> Snapshot:
         """A point to come back to as long as only appends and roll-backs to later points happen."""
-        return Snapshot(self.length, tuple(tail.values for tail in self.tails.values()))
+        return Snapshot(self.length, self.floor, tuple(tail.values for tail in self.tails.values()))
 
     def restore(self, snapshot: Snapshot) -> None:
         if snapshot.length > self.length:
             raise RequestError(f"snapshot of {snapshot.length} tokens, but only {self.length} are held")
         self._cut(snapshot.length)
+        self._floor = snapshot.floor
         for tail, values in zip(self.tails.values(), snapshot.tails, strict=True):
             tail.values = values
 

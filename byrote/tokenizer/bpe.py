@@ -241,15 +241,18 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _read_engine(file: Path) -> Engine:
+    content = _read(file)
     try:
-        return Engine.from_str(_read(file))
-    except ValueError as error:  # what the library raises for any content it cannot use
+        return Engine.from_str(content)
+    except Exception as error:  # the library's only type, for any content it cannot use
         raise DataError(f"{file} is no tokenizer that the installed `tokenizers` can read: {error}") from None
 
 
 def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise DataError(f"{file} is damaged: it is not UTF-8; save the tokenizer again") from None
     except OSError as error:
         there = os.listdir(file.parent) if file.parent.is_dir() else []
         hint = f"; the nearest name there is {nearest(file.name, there)}" if there else ""

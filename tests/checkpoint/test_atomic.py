@@ -55,6 +55,12 @@ def fill(target: Path, text: str) -> None:
         write_new(folder / "inner" / "b", [text.encode()])
 
 
+def interrupted_fill(target: Path) -> None:
+    with replacing_folder(target) as folder:
+        write_new(folder / "a", [b"half"])
+        raise KeyboardInterrupt
+
+
 def version(target: Path) -> str:
     """What the standing version says, which must be whole."""
     folder = standing(target)
@@ -80,11 +86,11 @@ def attempts(faults: Faults, dead: bool, act: Callable[[], None]) -> Iterator[in
 def test_a_replaced_folder_is_the_old_or_the_new_one_whichever_call_fails(tmp_path: Path, faults: Faults, dead: bool) -> None:
     target = tmp_path / "target"
     fill(target, "old")
-    for at in attempts(faults, dead, lambda: fill(target, "new")):
+    for _ in attempts(faults, dead, lambda: fill(target, "new")):
         assert version(target) in ("old", "new")
-        fill(target, f"again {at}")
-        assert version(target) == f"again {at}" and not leftovers(tmp_path)
+        assert dead or target.exists(), "a writer that lives puts back what it moved"
         fill(target, "old")
+        assert version(target) == "old" and not leftovers(tmp_path)
     assert version(target) == "new"
 
 
@@ -115,9 +121,8 @@ def test_a_removed_folder_is_never_seen_in_part(tmp_path: Path, faults: Faults) 
 
 def test_an_error_inside_the_block_changes_nothing(tmp_path: Path) -> None:
     fill(tmp_path / "target", "old")
-    with pytest.raises(KeyboardInterrupt), replacing_folder(tmp_path / "target") as folder:
-        write_new(folder / "a", [b"half"])
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_fill(tmp_path / "target")
     assert version(tmp_path / "target") == "old" and not leftovers(tmp_path)
 
 
@@ -141,6 +146,17 @@ def test_leftovers_of_a_writer_that_is_still_writing_stay(tmp_path: Path) -> Non
         assert slow.exists()
     assert (tmp_path / "slow" / "a").read_bytes() == b"slow"
     assert not leftovers(tmp_path)
+
+
+def test_the_last_of_several_writers_is_protected_too(tmp_path: Path) -> None:
+    first, second = replacing_folder(tmp_path / "first"), replacing_folder(tmp_path / "second")
+    first.__enter__()
+    folder = second.__enter__()
+    first.__exit__(None, None, None)
+    fill(tmp_path / "third", "quick")
+    assert folder.exists()
+    second.__exit__(None, None, None)
+    assert sorted(os.listdir(tmp_path)) == ["first", "second", "third"]
 
 
 def test_without_locks_only_old_leftovers_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,9 @@ def test_the_size_of_batches_changes_nothing(
     assert done[-1] == shard.manifest["text_bytes"]
 
 
-def test_large_vocabularies_take_four_bytes(tmp_path: Path, documents: list[Document], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_vocabularies_take_four_bytes(
+    tmp_path: Path, documents: list[Document], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     narrow = write(tmp_path / "narrow", documents, tokenizer)
     monkeypatch.setattr(Tokenizer, "vocab_size", 65_537)
     wide = write(tmp_path / "wide", documents, tokenizer)

@@ -209,7 +209,7 @@ def test_a_missing_path_is_refused_at_once_with_the_nearest_name(tmp_path: Path)
     [
         (b"\x7fELF\x00\x00", "is a binary file; byrote reads text"),
         (gzip.compress(b"text" * 10, mtime=0).replace(b"\0", b"\1"), "is compressed; unpack it first"),
-        ("fine, then caf".encode() + b"\xe9 au lait", "not UTF-8 at byte 14; convert it first, for instance `iconv"),
+        (b"fine, then caf" + b"\xe9 au lait", "not UTF-8 at byte 14; convert it first, for instance `iconv"),
     ],
 )
 def test_a_file_that_is_no_text_is_refused_when_named(tmp_path: Path, content: bytes, message: str) -> None:

@@ -123,8 +123,8 @@ def test_left_padding_is_the_twins() -> None:
 @pytest.mark.parametrize("variant", ["groups and low-rank queries", "yarn"])
 def test_mtp_modules_are_the_twins(variant: str) -> None:
     layers = pytest.importorskip("transformers.modeling_layers")
-    if not hasattr(layers, "MtpModel"):
-        pytest.skip("this transformers has no MTP modules")
+    if not hasattr(getattr(layers, "MtpModel", None), "forward_layer"):
+        pytest.skip("this transformers cannot run one MTP module by itself")
     theirs = tiny_v3(7, **VARIANTS[variant])
     ours = with_mtp(from_transformers(theirs).config, depth=2)
     with pytest.warns(UserWarning, match="2 left out"):

@@ -1,9 +1,14 @@
-"""Tiny random DeepSeek-V3 models of transformers, odd in every size, for the twins and the exchange tests."""
+"""Tiny DeepSeek-V3 models, transformers' and ours, odd in every size, for the twins and the exchange tests."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+from byrote.model.config import MLAConfig, ModelConfig, MoEConfig, MTPConfig, ResidualConfig, RopeConfig, YarnConfig
+from byrote.model.moe import MoE
+from byrote.model.transformer import Model
 
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 16}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -59,4 +64,35 @@ def tiny_v3(seed: int = 0, **changes: Any) -> DeepseekV3ForCausalLM:
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.normal_(0, 0.1)
+    return model
+
+
+PLAIN = ModelConfig(
+    vocab_size=261,
+    dim=10,
+    num_layers=3,
+    attention=MLAConfig(num_heads=3, kv_lora_rank=7, qk_nope_head_dim=5, qk_rope_head_dim=4, v_head_dim=3, q_lora_rank=9),
+    ffn_hidden=11,
+    max_positions=100,
+    moe=MoEConfig(num_experts=6, top_k=2, expert_hidden=7, num_shared=2, num_groups=3, top_groups=2, route_scale=1.5),
+    residual=ResidualConfig(kind="plain"),
+    mtp=MTPConfig(depth=2),
+)
+_OUR_YARN = YarnConfig(factor=4.0, original_positions=25, mscale=0.7, mscale_all_dim=0.4)
+CONFIGS = {
+    "experts, groups and MTP": PLAIN,
+    "dense": replace(PLAIN, moe=None),
+    "full-rank queries": replace(PLAIN, attention=replace(PLAIN.attention, q_lora_rank=None), mtp=None),
+    "yarn": replace(PLAIN, attention=replace(PLAIN.attention, rope=RopeConfig(theta=500.0, layout="half", yarn=_OUR_YARN)), pad_token=2),
+    "another epsilon": replace(PLAIN, norm_eps=1e-5, attention=replace(PLAIN.attention, latent_norm_eps=1e-6)),
+    "no group limit": replace(PLAIN, moe=MoEConfig(num_experts=4, top_k=3, expert_hidden=5, normalize_gate=False, num_dense_layers=0)),
+}
+
+
+def random_model(config: ModelConfig = PLAIN) -> Model:
+    """Always the same numbers."""
+    model, generator = Model(config, seed=1), torch.Generator().manual_seed(2)
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.bias.normal_(0, 0.1, generator=generator)
     return model

@@ -6,6 +6,7 @@ Sinkhorn run again there. Streams may be bf16 or fp32; coefficients and all sums
 """
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_float, c_int, c_long, c_void_p
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ MAX_STREAMS = 8
 TILE = 16  # tokens handled together; fewer are not worth a second thread
 
 Options = tuple[int, float, float]  # iters, eps, norm_eps
+Inputs = tuple[Tensor | None, ...]  # streams, y, post, comb, fn, base, scale
 
 
 def library() -> ctypes.CDLL | None:
@@ -41,15 +43,15 @@ def hyper_enter(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference."""
     entry = (fn_MK.float(), base_M.float(), scale_3.float())
-    _, x_ND, post_NR, comb_NRR = _Site.apply(streams_NRD, None, None, None, *entry, (iters, eps, norm_eps))
+    _, x_ND, post_NR, comb_NRR = _pass((streams_NRD, None, None, None, *entry), (iters, eps, norm_eps))
     return x_ND, post_NR, comb_NRR
 
 
 def hyper_leave(streams_NRD: Tensor, y_ND: Tensor, post_NR: Tensor, comb_NRR: Tensor) -> Tensor:
     """As the reference."""
     leaving = (y_ND.to(streams_NRD.dtype), post_NR.float(), comb_NRR.float())
-    streams_NRD, *_ = _Site.apply(streams_NRD, *leaving, None, None, None, (1, 0.0, 0.0))
-    return streams_NRD
+    mixed_NRD: Tensor = _pass((streams_NRD, *leaving, None, None, None), (1, 0.0, 0.0))[0]
+    return mixed_NRD
 
 
 def hyper_step(
@@ -68,31 +70,46 @@ def hyper_step(
     """As the reference, with the streams read once and written once."""
     leaving = (y_ND.to(streams_NRD.dtype), post_NR.float(), comb_NRR.float())
     entry = (fn_MK.float(), base_M.float(), scale_3.float())
-    streams_NRD, x_ND, post_NR, comb_NRR = _Site.apply(streams_NRD, *leaving, *entry, (iters, eps, norm_eps))
-    return streams_NRD, x_ND, post_NR, comb_NRR
+    mixed_NRD, x_ND, post_NR, comb_NRR = _pass((streams_NRD, *leaving, *entry), (iters, eps, norm_eps))
+    return mixed_NRD, x_ND, post_NR, comb_NRR
 
 
 def hyper_read(streams_NRD: Tensor, fn_RK: Tensor, base_R: Tensor, scale_1: Tensor, *, eps: float, norm_eps: float) -> Tensor:
     """As the reference."""
     entry = (fn_RK.float(), base_R.float(), scale_1.float())
-    _, x_ND, *_ = _Site.apply(streams_NRD, None, None, None, *entry, (1, eps, norm_eps))
+    x_ND: Tensor = _pass((streams_NRD, None, None, None, *entry), (1, eps, norm_eps))[1]
     return x_ND
 
 
-class _Site(torch.autograd.Function):
-    """Inputs y, post, comb are None where no site is left, fn, base, scale where none is entered; outputs accordingly."""
+def _pass(inputs: Inputs, options: Options) -> Any:
+    """(mixed streams, x, post, comb). y, post, comb are None where no site is left, fn, base, scale where none is entered."""
+    if native.wants_grad(*inputs):
+        return _Site.apply(*inputs, options)
+    return _forward([None if tensor is None else tensor.contiguous() for tensor in inputs], options)[:4]
 
+
+def _forward(inputs: Sequence[Tensor | None], options: Options) -> tuple[Tensor | None, ...]:
+    streams, y, post, comb, fn, base, scale = inputs
+    assert streams is not None, "the streams are never missing"
+    (N, R, D), M = streams.shape, 0 if fn is None else fn.shape[0]
+    mixed = None if y is None else torch.empty_like(streams)
+    x, z, inverse_rms = None, None, None
+    if fn is not None:
+        x, z, inverse_rms = native.empty((N, D), streams.dtype), native.empty((N, M), fn.dtype), native.empty((N,), fn.dtype)
+    post_out, comb_out = None, None
+    if M > R:
+        post_out, comb_out = native.empty((N, R), torch.float32), native.empty((N, R, R), torch.float32)
+    arguments = (streams, y, post, comb, mixed, fn, base, scale, x, post_out, comb_out, z, inverse_rms)
+    _call("hyper_forward", streams, M, options, arguments)
+    return mixed, x, post_out, comb_out, z, inverse_rms
+
+
+class _Site(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, streams, y, post, comb, fn, base, scale, options):  # type: ignore[no-untyped-def]
-        inputs = [None if tensor is None else tensor.contiguous() for tensor in (streams, y, post, comb, fn, base, scale)]
-        streams, y, post, comb, fn, base, scale = inputs
-        (N, R, D), M = streams.shape, 0 if fn is None else fn.shape[0]
-        mixed = None if y is None else torch.empty_like(streams)
-        x = None if fn is None else streams.new_empty(N, D)
-        post_out, comb_out = (None, None) if M <= R else (base.new_empty(N, R), base.new_empty(N, R, R))
-        z, inverse_rms = (None, None) if fn is None else (base.new_empty(N, M), base.new_empty(N))
-        outputs = (mixed, fn, base, scale, x, post_out, comb_out, z, inverse_rms)
-        _call("hyper_forward", streams, M, options, (streams, y, post, comb, *outputs))
+    def forward(ctx: Any, *inputs_and_options: Any) -> tuple[Tensor | None, ...]:
+        *inputs, options = inputs_and_options
+        inputs = [None if tensor is None else tensor.contiguous() for tensor in inputs]
+        mixed, x, post_out, comb_out, z, inverse_rms = _forward(inputs, options)
         ctx.save_for_backward(*inputs, mixed, z, inverse_rms)
         ctx.options = options
         ctx.set_materialize_grads(False)
@@ -100,7 +117,7 @@ class _Site(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *inputs, mixed, z, inverse_rms = ctx.saved_tensors
         streams, y, post, comb, fn, base, scale = inputs
         d_streams, d_y, d_post, d_comb, d_fn, d_base, d_scale = [None if t is None else torch.empty_like(t) for t in inputs]

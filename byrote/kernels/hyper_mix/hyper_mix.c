@@ -48,12 +48,9 @@ INLINE void mix_tile(const work *w, const sizes *s, long first, long n, const in
         for (int i = 0; i < R * R; i++) comb[i] = splat(a->comb[token * R * R + i]);
         for (long d = 0; d < D; d += LANES) {
             lanes h[MAX_R], y = load_row(row_at(a->y, token, D, bf16, whole), d);
-#pragma GCC unroll 4
             for (int j = 0; j < R; j++) h[j] = load_row(row_at(a->old, token * R + j, D, bf16, whole), d);
-#pragma GCC unroll 4
             for (int k = 0; k < R; k++) {
                 lanes sum = post[k] * y;
-#pragma GCC unroll 4
                 for (int j = 0; j < R; j++) sum += comb[j * R + k] * h[j];
                 sum = store_row(row_at(a->streams, token * R + k, D, bf16, whole), d, sum);
                 store(f + k * P + d, sum);
@@ -69,7 +66,6 @@ INLINE void collapse(const work *w, const sizes *s, long first, long n, const in
     for (long t = 0; t < n; t++)
         for (long d = 0; d < s->D; d += LANES) {
             lanes sum = {0};
-#pragma GCC unroll 4
             for (int i = 0; i < R; i++) sum += w->coef[i * TILE + t] * load(w->flat + t * w->S + i * w->P + d);
             store_row(row_at(x, first + t, s->D, bf16, whole), d, sum);
         }
@@ -126,7 +122,6 @@ INLINE void collapse_back(const work *w, const sizes *s, const backward_data *a,
         const float *f = w->flat + t * w->S;
         for (long d = 0; d < D; d += LANES) {
             lanes dx = a->d_x ? load_row(row_at(a->d_x, first + t, D, bf16, whole), d) : splat(0);
-#pragma GCC unroll 4
             for (int i = 0; i < R; i++) {
                 lanes above = a->d_streams ? load_row(row_at(a->d_streams, (first + t) * R + i, D, bf16, whole), d) : splat(0);
                 if (a->fn) above += w->coef[i * TILE + t] * dx;
@@ -147,17 +142,14 @@ INLINE void leave_back(const work *w, const sizes *s, const backward_data *a, lo
         lanes d_comb[MAX_R * MAX_R] = {0}, d_post[MAX_R] = {0};
         for (long d = 0; d < D; d += LANES) {
             lanes g[MAX_R], y = load_row(row_at(a->y, token, D, bf16, whole), d), d_y = {0};
-#pragma GCC unroll 4
             for (int k = 0; k < R; k++) {
                 g[k] = load(grad + k * w->P + d);
                 d_post[k] += y * g[k];
                 d_y += post[k] * g[k];
             }
             store_row(row_at(a->d_y, token, D, bf16, whole), d, d_y);
-#pragma GCC unroll 4
             for (int j = 0; j < R; j++) {
                 lanes h = load_row(row_at(a->old, token * R + j, D, bf16, whole), d), d_h = {0};
-#pragma GCC unroll 4
                 for (int k = 0; k < R; k++) {
                     d_comb[j * R + k] += h * g[k];
                     d_h += comb[j * R + k] * g[k];

@@ -30,7 +30,8 @@ def can_run(logits_NRR: Tensor) -> bool:
 
 def sinkhorn(logits_NRR: Tensor, *, iters: int, eps: float) -> Tensor:
     """As the reference."""
-    mixes_NRR: Tensor = _Sinkhorn.apply(logits_NRR.float(), iters, eps)
+    logits_NRR = logits_NRR.float()
+    mixes_NRR: Tensor = _Sinkhorn.apply(logits_NRR, iters, eps)
     return mixes_NRR
 
 

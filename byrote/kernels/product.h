@@ -1,0 +1,160 @@
+/* Small matrix products in registers, C = A B, bfloat16 or float in and float out.
+
+   A *unit* is 32 bits along the summed dimension: one float, or two neighbouring bfloat16. One instruction multiplies a unit of
+   the left operand, repeated in every lane, with LANES units of the right one and adds to LANES sums:
+
+       left  A [rows][units]      any strides: what is summed along its rows can be read where it lies
+       right B [units][columns]   columns side by side, their number a multiple of LANES
+
+   Operands with another order are packed first. `pack_rows` keeps the order (and adds the zeros that fill up rows and columns),
+   `pack_pairs` sums down the rows of the source, so that for bfloat16 it interleaves each two of them, and `pack_across`
+   transposes: it sums along the rows of the source and has one column for each. */
+
+#pragma once
+#include "lanes.h"
+
+#define ROWS 4 /* rows of C formed together */
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define VECS 4 /* vectors of C a row: 16 sums of the 32 registers */
+#else
+#define VECS 2
+#endif
+
+typedef uint32_t unit;
+
+typedef struct {
+    const unit *at;
+    long row, step; /* units from one row to the next, and from one unit of a row to the next */
+} left_units;
+
+typedef struct {
+    const unit *at;
+    long step; /* units from one to the next along the sum */
+} right_units;
+
+/* Numbers to a unit. */
+INLINE long unit_width(int bf16) { return bf16 ? 2 : 1; }
+
+INLINE long units_for(long numbers, int bf16) { return bf16 ? (numbers + 1) / 2 : numbers; }
+
+INLINE long round_up(long value, long to) { return (value + to - 1) / to * to; }
+
+INLINE lanes dot_units(lanes sum, bit_lanes a, bit_lanes b, const int bf16) {
+    if (!bf16) return sum + (lanes)a * (lanes)b;
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+    return (lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    sum += (lanes)(a << 16) * (lanes)(b << 16);
+    return sum + (lanes)(a & 0xffff0000) * (lanes)(b & 0xffff0000);
+#endif
+}
+
+INLINE bit_lanes load_units(const unit *from) {
+    bit_lanes v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+/* C[ROWS][vecs * LANES] = keep * C + A B; keep[r] scales row r of what C holds, NULL forgets it. */
+INLINE void product_tile(left_units a, right_units b, long units, float *c, long c_row, const float *keep, const int vecs, const int bf16) {
+    lanes sum[ROWS][VECS];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vecs; v++) sum[r][v] = keep ? keep[r] * load(c + r * c_row + v * LANES) : splat(0);
+    for (long u = 0; u < units; u++) {
+        bit_lanes w[VECS];
+#pragma GCC unroll 4
+        for (int v = 0; v < vecs; v++) w[v] = (bit_lanes)hold((const float *)(b.at + u * b.step + v * LANES));
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++) {
+            bit_lanes x = (bit_lanes){0} + a.at[r * a.row + u * a.step];
+#pragma GCC unroll 4
+            for (int v = 0; v < vecs; v++) sum[r][v] = dot_units(sum[r][v], x, w[v], bf16);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vecs; v++) store(c + r * c_row + v * LANES, sum[r][v]);
+}
+
+/* The same for any number of columns that is a multiple of LANES. */
+INLINE void product_columns(left_units a, right_units b, long units, long columns, float *c, long c_row, const float *keep, const int bf16) {
+    long n = 0;
+    for (; n + VECS * LANES <= columns; n += VECS * LANES)
+        product_tile(a, (right_units){b.at + n, b.step}, units, c + n, c_row, keep, VECS, bf16);
+    b.at += n;
+    c += n;
+    if (VECS > 3 && columns - n == 3 * LANES) product_tile(a, b, units, c, c_row, keep, 3, bf16);
+    else if (VECS > 2 && columns - n == 2 * LANES) product_tile(a, b, units, c, c_row, keep, 2, bf16);
+    else if (columns - n == LANES) product_tile(a, b, units, c, c_row, keep, 1, bf16);
+}
+
+static void product_bf16(left_units a, right_units b, long units, long columns, float *c, long c_row, const float *keep) {
+    product_columns(a, b, units, columns, c, c_row, keep, 1);
+}
+
+static void product_fp32(left_units a, right_units b, long units, long columns, float *c, long c_row, const float *keep) {
+    product_columns(a, b, units, columns, c, c_row, keep, 0);
+}
+
+/* C[ROWS][columns] = keep * C + A B. */
+INLINE void product(left_units a, right_units b, long units, long columns, float *c, long c_row, const float *keep, const int bf16) {
+    if (bf16) product_bf16(a, b, units, columns, c, c_row, keep);
+    else product_fp32(a, b, units, columns, c, c_row, keep);
+}
+
+/* ---- packing: `rows` of `width` numbers, `stride` numbers apart, into units; what lies outside becomes zero ---- */
+
+/* to[up to `rows_to`][units_for(width)]: the order kept. */
+INLINE void pack_rows(unit *to, long rows_to, const void *from, long stride, long rows, long width, const int bf16) {
+    const long units = units_for(width, bf16), size = bf16 ? 2 : 4;
+    for (long r = 0; r < rows; r++) {
+        to[r * units + units - 1] = 0;
+        memcpy(to + r * units, (const char *)from + r * stride * size, width * size);
+    }
+    memset(to + rows * units, 0, (rows_to - rows) * units * sizeof(unit));
+}
+
+/* LANES numbers of a row of `width` from number `at`, each in its own 32 bits: a float, or a bfloat16 in the lower half. */
+INLINE bit_lanes spread(const char *from, long at, long width, const int bf16) {
+    bit_lanes v = {0};
+    short_lanes h = {0};
+    const long n = width - at;
+    if (!bf16 && n >= LANES) return load_units((const unit *)from + at);
+    if (!bf16) {
+        memcpy(&v, from + at * 4, n * 4);
+        return v;
+    }
+    if (n >= LANES) memcpy(&h, from + at * 2, sizeof h);
+    else memcpy(&h, from + at * 2, n * 2);
+    return __builtin_convertvector(h, bit_lanes);
+}
+
+/* to[units_for(rows_to)][columns]: summed down the rows. */
+INLINE void pack_pairs(unit *to, long columns, long rows_to, const void *from, long stride, long rows, long width, const int bf16) {
+    const long size = bf16 ? 2 : 4, wide = unit_width(bf16);
+    for (long r = 0; r < rows_to; r += wide, to += columns) {
+        const char *first = (const char *)from + r * stride * size, *second = first + stride * size;
+        for (long at = 0; at < columns; at += LANES) {
+            bit_lanes v = {0};
+            if (r < rows && at < width) v = spread(first, at, width, bf16);
+            if (bf16 && r + 1 < rows && at < width) v |= spread(second, at, width, bf16) << 16;
+            memcpy(to + at, &v, sizeof v);
+        }
+    }
+}
+
+/* to[units_for(width)][columns]: summed along the rows, row r becomes column r. */
+INLINE void pack_across(unit *to, long columns, const void *from, long stride, long rows, long width, const int bf16) {
+    const long size = bf16 ? 2 : 4, whole = width / unit_width(bf16);
+    for (long r = 0; r < columns; r++) {
+        const char *row = (const char *)from + r * stride * size;
+        for (long u = 0; u < units_for(width, bf16); u++) {
+            unit v = 0;
+            if (r < rows) memcpy(&v, row + u * sizeof v, u < whole ? sizeof v : 2);
+            to[u * columns + r] = v;
+        }
+    }
+}
