@@ -30,7 +30,7 @@ from torch import Tensor
 
 from byrote.checkpoint.atomic import replacing_folder, standing, write_new
 from byrote.checkpoint.manifest import MANIFEST, check_files, read_manifest, write_manifest
-from byrote.checkpoint.runs import find_checkpoint, listing, newest_complete
+from byrote.checkpoint.runs import find_checkpoint, is_step_folder, listing, newest_complete
 from byrote.checkpoint.tensors import expect, read_tensors, tensor_bytes, tensor_file
 from byrote.config import from_dict, to_dict
 from byrote.device import check_disk, disk_free, pick_device
@@ -44,6 +44,7 @@ CONFIG, MODEL, TABLE, TOKENIZER = "config.json", "model.safetensors", "table.saf
 TRAINER, TRAINER_TENSORS, OPTIMIZER, TABLE_STATE = "trainer.json", "trainer.safetensors", "optimizer.safetensors", "table_state.safetensors"
 _ALL = (CONFIG, MODEL, TABLE, TOKENIZER, TRAINER, TRAINER_TENSORS, OPTIMIZER, TABLE_STATE, MANIFEST)
 _FP32_ROLES = ("norm", "mix", "conv", "router")  # `load(dtype=)` lowers none of these
+_COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ROOM = 1 << 20  # bytes for JSON, tokenizer and file system, beside the tensors
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -174,13 +175,15 @@ def _flush_table(model: Model, training: TrainingState | None) -> tuple[int, ...
 
 
 def _check_replaceable(target: Path) -> None:
-    """A folder is replaced only if all that lies in it is part of a checkpoint."""
+    """A folder is replaced only if it is a checkpoint, or in the place of one, and nothing else lies in it."""
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file; name a folder for the checkpoint")
-    foreign = sorted({*os.listdir(target)} - {*_ALL}) if target.is_dir() else []
-    if foreign:
+    names = set(os.listdir(target)) if target.is_dir() else set()
+    ours = names <= {*_ALL} and (MANIFEST in names or is_step_folder(target))
+    if names and not ours:
         raise CheckpointError(
-            f"{target} is no checkpoint and is not replaced: it holds {listing(foreign)}. Name a new folder, such as {target / 'model'}"
+            f"{target} is no checkpoint and is not replaced: it holds {listing(names - {*_ALL} or names)}. "
+            f"Name a new folder, such as {target / 'model'}"
         )
 
 
@@ -258,16 +261,17 @@ def _state(model: Model) -> dict[str, Tensor]:
 
 def _dtypes(model: Model, weights: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, torch.dtype]:
     """Name → dtype to load it in."""
+    dtypes = {name: saved.dtype for name, saved in weights.items()}
+    if dtype is None:
+        return dtypes
+    if dtype not in _COMPUTE_DTYPES:
+        raise ConfigError(f"dtype is {dtype}; allowed: {', '.join(map(str, _COMPUTE_DTYPES))}, or None for the saved ones")
     roles = model.param_roles()
-    lowered = {name for name in weights if name in roles and roles[name] not in _FP32_ROLES}
-    return {
-        name: saved.dtype
-        if dtype is None or not saved.is_floating_point()
-        else dtype
-        if name in lowered
-        else torch.promote_types(saved.dtype, dtype)
-        for name, saved in weights.items()
-    }
+    for name, saved in weights.items():
+        if saved.is_floating_point():
+            is_island = roles.get(name) in _FP32_ROLES or name not in roles
+            dtypes[name] = torch.promote_types(saved.dtype, dtype) if is_island else dtype
+    return dtypes
 
 
 def _rows(model: Model, folder: Path) -> Tensor:

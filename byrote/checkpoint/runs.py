@@ -26,6 +26,11 @@ def step_folder(run: str | os.PathLike[str], step: int) -> Path:
     return Path(run) / CHECKPOINTS / f"step-{step:08d}"
 
 
+def is_step_folder(folder: Path) -> bool:
+    """Whether `folder` is the place of a run's checkpoint."""
+    return folder.parent.name == CHECKPOINTS and _STEP.fullmatch(folder.name) is not None
+
+
 def latest(run: str | os.PathLike[str]) -> Path | None:
     """The newest complete checkpoint of a run, or None."""
     return newest_complete(Path(run) / CHECKPOINTS)

@@ -25,10 +25,9 @@ def reference(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int, wants_grad: bool):  # type: ignore[no-untyped-def, override]
         scored = (targets_N != IGNORE).sum().clamp_min(1)
         losses_N = torch.empty(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
-        wants_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden_ND) if wants_grad else None
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_grad else None
         for start in range(0, hidden_ND.shape[0], chunk):
@@ -46,7 +45,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss: Tensor, _: Tensor):  # type: ignore[no-untyped-def, override]
         grad_hidden, grad_weight = ctx.saved_tensors
-        return (grad_hidden * grad_loss).to(grad_hidden.dtype), (grad_weight * grad_loss).to(ctx.weight_dtype), None, None
+        return (grad_hidden * grad_loss).to(grad_hidden.dtype), (grad_weight * grad_loss).to(ctx.weight_dtype), None, None, None
 
 
 def _chunk_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, losses_N: Tensor) -> Tensor:
@@ -68,4 +67,5 @@ def _logit_gradient(probabilities_NV: Tensor, targets_N: Tensor, scored: Tensor)
 
 def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int = CHUNK_TOKENS) -> tuple[Tensor, Tensor]:
     """(mean loss over scored tokens, float32 losses [N] with 0 where not scored). Only the mean carries a gradient."""
-    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, chunk)
+    wants_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)  # inside `forward` gradients look off
+    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, chunk, wants_grad)

@@ -4,7 +4,7 @@
 prefix sum of the counts). No capacity, no padding, no dropped token; an expert without tokens costs nothing.
 
 `reference` is a Python loop over experts. `grouped_matmul` is PyTorch's grouped product with its own backward: two more grouped
-products, without copies of the weights. That product wants rows of a multiple of 16 bytes; other widths take the loop.
+products, without copies of the weights. That product wants rows of a multiple of 16 bytes and knows no fp64; the rest takes the loop.
 
 Shapes: N sorted tokens, D inputs, F outputs, E experts.
 """
@@ -41,6 +41,6 @@ def grouped_matmul(x_ND: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
     """[N, F]: row n is `weight[e] @ x[n]` for the expert e whose segment holds n. x and weight share one dtype."""
     if x_ND.shape[0] == 0:
         return x_ND.new_zeros(0, weight_EFD.shape[1]) + (weight_EFD.sum() + x_ND.sum()) * 0
-    if any(width * x_ND.element_size() % _ROW_BYTES for width in weight_EFD.shape[1:]):
+    if x_ND.dtype == torch.float64 or any(width * x_ND.element_size() % _ROW_BYTES for width in weight_EFD.shape[1:]):
         return reference(x_ND, weight_EFD, ends_E)
     return _Grouped.apply(x_ND, weight_EFD, ends_E)

@@ -117,20 +117,14 @@ INLINE void pack_rows(unit *to, long rows_to, const void *from, long stride, lon
     memset(to + rows * units, 0, (rows_to - rows) * units * sizeof(unit));
 }
 
-/* LANES numbers of a row of `width` from number `at`, each in its own 32 bits: a float, or a bfloat16 in the lower half. */
+/* Numbers [at, at + LANES) of a row, zero beyond `width`, each in its own 32 bits: a bfloat16 in the upper half. */
 INLINE bit_lanes spread(const char *from, long at, long width, const int bf16) {
-    bit_lanes v = {0};
-    short_lanes h = {0};
-    const long n = width - at;
-    if (!bf16 && n >= LANES) return load_units((const unit *)from + at);
-    if (!bf16) {
-        memcpy(&v, from + at * 4, n * 4);
-        return v;
-    }
-    if (n >= LANES) memcpy(&h, from + at * 2, sizeof h);
-    else memcpy(&h, from + at * 2, n * 2);
-    return __builtin_convertvector(h, bit_lanes);
+    const row whole = {(void *)from, width, bf16, 1}, ragged = {(void *)from, width, bf16, 0};
+    return (bit_lanes)(at + LANES <= width ? load_row(whole, at) : load_row(ragged, at));
 }
+
+/* Units of two rows of bfloat16 that lie in upper halves; the lower ones must be zero. */
+INLINE bit_lanes pair_units(bit_lanes first, bit_lanes second) { return first >> 16 | second; }
 
 /* to[units_for(rows_to)][columns]: summed down the rows. */
 INLINE void pack_pairs(unit *to, long columns, long rows_to, const void *from, long stride, long rows, long width, const int bf16) {
@@ -138,23 +132,63 @@ INLINE void pack_pairs(unit *to, long columns, long rows_to, const void *from, l
     for (long r = 0; r < rows_to; r += wide, to += columns) {
         const char *first = (const char *)from + r * stride * size, *second = first + stride * size;
         for (long at = 0; at < columns; at += LANES) {
-            bit_lanes v = {0};
+            bit_lanes v = {0}, next = {0};
             if (r < rows && at < width) v = spread(first, at, width, bf16);
-            if (bf16 && r + 1 < rows && at < width) v |= spread(second, at, width, bf16) << 16;
+            if (bf16 && r + 1 < rows && at < width) next = spread(second, at, width, bf16);
+            if (bf16) v = pair_units(v, next);
             memcpy(to + at, &v, sizeof v);
         }
     }
 }
 
+#if defined(__AVX512F__)
+/* to[u][r] = from[r][u] for LANES rows, `stride` bytes apart, of LANES units. */
+INLINE void transpose_units(unit *to, long columns, const char *from, long stride) {
+    __m512i a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * stride);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) /* pairs of rows: units 0 1 of each four, then 2 3 */
+        b[i] = i % 2 ? _mm512_unpackhi_epi32(a[i - 1], a[i]) : _mm512_unpacklo_epi32(a[i], a[i + 1]);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) { /* fours of rows: unit i % 4 of each four */
+        const int low = i / 4 * 4 + i % 4 / 2;
+        a[i] = i % 2 ? _mm512_unpackhi_epi64(b[low], b[low + 2]) : _mm512_unpacklo_epi64(b[low], b[low + 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) { /* eights of rows: fours 0 and 2, or 1 and 3 */
+        const int low = i / 8 * 8 + i % 4;
+        b[i] = i % 8 / 4 ? _mm512_shuffle_i32x4(a[low], a[low + 4], 0xdd) : _mm512_shuffle_i32x4(a[low], a[low + 4], 0x88);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+        const int low = i % 8;
+        const __m512i v = i / 8 ? _mm512_shuffle_i32x4(b[low], b[low + 8], 0xdd) : _mm512_shuffle_i32x4(b[low], b[low + 8], 0x88);
+        _mm512_storeu_si512(to + (low % 4 + i / 8 * 8 + low / 4 * 4) * columns, v);
+    }
+}
+#else
+INLINE void transpose_units(unit *to, long columns, const char *from, long stride) {
+    for (long u = 0; u < LANES; u++)
+        for (long r = 0; r < LANES; r++) memcpy(to + u * columns + r, from + r * stride + u * sizeof(unit), sizeof(unit));
+}
+#endif
+
 /* to[units_for(width)][columns]: summed along the rows, row r becomes column r. */
 INLINE void pack_across(unit *to, long columns, const void *from, long stride, long rows, long width, const int bf16) {
-    const long size = bf16 ? 2 : 4, whole = width / unit_width(bf16);
-    for (long r = 0; r < columns; r++) {
-        const char *row = (const char *)from + r * stride * size;
-        for (long u = 0; u < units_for(width, bf16); u++) {
-            unit v = 0;
-            if (r < rows) memcpy(&v, row + u * sizeof v, u < whole ? sizeof v : 2);
-            to[u * columns + r] = v;
+    const long size = bf16 ? 2 : 4, units = units_for(width, bf16), whole = width / unit_width(bf16);
+    for (long r = 0; r < columns; r += LANES)
+        for (long u = 0; u < units; u += LANES) {
+            const char *corner = (const char *)from + r * stride * size + u * sizeof(unit);
+            if (r + LANES <= rows && u + LANES <= whole) {
+                transpose_units(to + u * columns + r, columns, corner, stride * size);
+                continue;
+            }
+            for (long i = u; i < u + LANES && i < units; i++)
+                for (long c = r; c < r + LANES; c++) {
+                    unit v = 0;
+                    if (c < rows) memcpy(&v, corner + (c - r) * stride * size + (i - u) * sizeof v, i < whole ? sizeof v : 2);
+                    to[i * columns + c] = v;
+                }
         }
-    }
 }

@@ -40,12 +40,14 @@ class HasHistory(Protocol):
 class Memory:
     """Canonical map, hash and store of all memory layers of one model. Not a module: `.to()` and `state_dict()` pass it by."""
 
-    def __init__(self, hash_: NgramHash, store: DeviceTable, *, needs_canonical: bool = False, pad_token: int = 0) -> None:
+    def __init__(
+        self, hash_: NgramHash, store: DeviceTable, *, vocab_size: int, needs_canonical: bool = False, pad_token: int = 0
+    ) -> None:
         if sum(hash_.num_rows) != store.num_rows:
             raise ConfigError(f"the hash addresses {sum(hash_.num_rows)} rows, the table holds {store.num_rows}")
         self.hash, self.store = hash_, store
         self.canonical_V: Tensor | None = None
-        self._needs_canonical, self._pad_token = needs_canonical, pad_token
+        self._vocab_size, self._needs_canonical, self._pad_token = vocab_size, needs_canonical, pad_token
         self._layer_start_L = torch.tensor((0, *hash_.num_rows[:-1])).cumsum(0)
         self.to(store.device)
 
@@ -57,8 +59,15 @@ class Memory:
         self.canonical_V = None if self.canonical_V is None else self.canonical_V.to(device)
         return self
 
+    @property
+    def rows_per_token(self) -> tuple[int, int]:
+        """(memory layers, rows read per layer)."""
+        return len(self.hash.layers), (self.hash.max_order - 1) * self.hash.num_heads
+
     def set_canonical(self, canonical_V: Tensor) -> None:
         """Give the tokenizer's map, int64 [V]: token id → class (`memory.canonical.canonical_ids`)."""
+        if canonical_V.shape != (self._vocab_size,):
+            raise ConfigError(f"the canonical map has shape {tuple(canonical_V.shape)}; the model's vocabulary needs ({self._vocab_size},)")
         low, high = torch.aminmax(canonical_V)
         if int(low) < 0 or int(high) >= self.hash.canonical_vocab:
             raise ConfigError(

@@ -137,10 +137,11 @@ class NgramHash:
         """int64 [B, T, L, N]: the rows each token reads, with offsets inside its layer's table.
 
         `history_BN` holds the canonical ids just before the chunk, oldest first (a plain tensor: of the same document).
-        Raises ConfigError when an id lies outside [0, canonical_vocab).
+        Raises ConfigError when an id lies outside [0, canonical_vocab), or a history has other than max_order − 1 ids a row.
         """
-        self._check(ids_BT)
-        shifted_MBT = self._suffixes(ids_BT, document_BT, history_BN)
+        history = self._history(history_BN, ids_BT)
+        self._check(torch.cat((history.ids_BN, ids_BT), dim=1))
+        shifted_MBT = self._suffixes(ids_BT, document_BT, history)
         products_LMBT = shifted_MBT.unsqueeze(0) * self._multipliers_LM[:, :, None, None]
         mix_LBT = products_LMBT[:, 0]
         per_order = []
@@ -159,16 +160,21 @@ class NgramHash:
                 f"canonical ids span {int(low)}..{int(high)}, allowed are 0..{self.canonical_vocab - 1}: map tokens through the canonical table first"
             )
 
-    def _suffixes(self, ids_BT: Tensor, document_BT: Tensor | None, history: Tensor | NgramHistory | None) -> Tensor:
+    def _history(self, history: Tensor | NgramHistory | None, ids_BT: Tensor) -> NgramHistory:
+        wanted = (ids_BT.shape[0], self.max_order - 1)
+        if history is None:
+            return NgramHistory(ids_BT.new_full(wanted, self.pad), None)
+        history = history if isinstance(history, NgramHistory) else NgramHistory(history, None)
+        if history.ids_BN.shape != wanted:
+            raise ConfigError(f"the history has shape {tuple(history.ids_BN.shape)}; {wanted} is needed: the last {wanted[1]} ids of each row")
+        return history
+
+    def _suffixes(self, ids_BT: Tensor, document_BT: Tensor | None, history: NgramHistory) -> Tensor:
         """[max_order, B, T]: slot i holds the id i positions back, or the pad class beyond a border or the start."""
         reach, (batch, length) = self.max_order - 1, ids_BT.shape
-        if history is None:
-            history = NgramHistory(ids_BT.new_full((batch, reach), self.pad), None)
-        elif isinstance(history, Tensor):
-            history = NgramHistory(history, None)
         padded = torch.cat((history.ids_BN, ids_BT), dim=1)
         slots = [padded[:, reach - back : reach - back + length] for back in range(self.max_order)]
-        if document_BT is None and history.document_BN is None:
+        if length == 0 or (document_BT is None and history.document_BN is None):
             return torch.stack(slots)
         if document_BT is None:
             assert history.document_BN is not None

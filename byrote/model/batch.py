@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from byrote.errors import ConfigError
+from byrote.kernels.cross_entropy import IGNORE
 from byrote.memory.conditional import Rows
 from byrote.model.rope import Rotation
 from byrote.model.state import DecodeState
@@ -27,6 +28,19 @@ class Batch(NamedTuple):
     causal: bool
     rows: Rows | None
     state: DecodeState | None
+
+    def without_memory(self, sequences: int) -> "Batch":
+        """The first `sequences` sequences, for blocks that read no memory (MTP)."""
+        part = slice(sequences)
+        return self._replace(
+            tokens_BT=self.tokens_BT[part],
+            document_BT=None if self.document_BT is None else self.document_BT[part],
+            keys_document_BS=None if self.keys_document_BS is None else self.keys_document_BS[part],
+            position_BT=self.position_BT[part],
+            turn=Rotation(self.turn.cos[part], self.turn.sin[part]),
+            mask_B1TS=None if self.mask_B1TS is None else self.mask_B1TS[part],
+            rows=None,
+        )
 
 
 def document_positions(document_BT: Tensor) -> Tensor:
@@ -71,15 +85,26 @@ def attention_mask(
     return (same_BTS & order_TS)[:, None], False
 
 
-def check_tokens(tokens_BT: Tensor, vocab_size: int, document_BT: Tensor | None) -> None:
-    """Refuse what would index out of range or broadcast by mistake."""
-    if tokens_BT.dim() != 2:
-        raise ConfigError(f"tokens must be [batch, tokens]; got shape {tuple(tokens_BT.shape)}")
-    if document_BT is not None and document_BT.shape != tokens_BT.shape:
-        raise ConfigError(f"document numbers have shape {tuple(document_BT.shape)}, tokens {tuple(tokens_BT.shape)}; they must agree")
-    if tokens_BT.numel() and tokens_BT.device.type == "cpu":
-        low, high = torch.aminmax(tokens_BT)
-        if int(low) < 0 or int(high) >= vocab_size:
-            raise ConfigError(
-                f"token ids span {int(low)}..{int(high)}, the model's vocabulary is 0..{vocab_size - 1}; was the text encoded with another tokenizer?"
-            )
+def check_tokens(tokens_BT: Tensor, vocab_size: int, *, targets_BT: Tensor | None, **others: Tensor | None) -> None:
+    """Refuse what would index out of range or broadcast by mistake. `others`, by name: one number a token each.
+
+    Values are looked at on the CPU only: on an accelerator that would wait for it.
+    """
+    if tokens_BT.dim() != 2 or tokens_BT.dtype not in (torch.int64, torch.int32):
+        raise ConfigError(f"tokens must be integers [batch, tokens]; got {tokens_BT.dtype} of shape {tuple(tokens_BT.shape)}")
+    for name, other in {"targets_BT": targets_BT, **others}.items():
+        if other is not None and other.shape != tokens_BT.shape:
+            raise ConfigError(f"{name} has shape {tuple(other.shape)}, tokens {tuple(tokens_BT.shape)}; they must agree")
+    _check_range(tokens_BT, vocab_size, "token ids")
+    if targets_BT is not None:
+        _check_range(targets_BT.masked_fill(targets_BT == IGNORE, 0), vocab_size, f"targets other than {IGNORE} (not scored)")
+
+
+def _check_range(ids_BT: Tensor, vocab_size: int, what: str) -> None:
+    if ids_BT.numel() == 0 or ids_BT.device.type != "cpu":
+        return
+    low, high = (int(end) for end in torch.aminmax(ids_BT))
+    if low < 0 or high >= vocab_size:
+        raise ConfigError(
+            f"{what} span {low}..{high}, the model's vocabulary is 0..{vocab_size - 1}; was the text encoded with another tokenizer?"
+        )

@@ -164,6 +164,10 @@ class EngramConfig:
         _one_of("engram.gate", self.gate, ("soft", "hard"))
         _one_of("engram.table_dtype", self.table_dtype, ("float32", "bfloat16"))
         _require(self.max_order >= 2, f"engram.max_order is {self.max_order}; n-grams start at order 2")
+        for name in ("head_dim", "num_heads"):
+            _require(getattr(self, name) > 0, f"engram.{name} is {getattr(self, name)}; it must be positive")
+        _require(self.conv_kernel >= 0, f"engram.conv_kernel is {self.conv_kernel}; 0 leaves the convolution out, 4 is the paper's")
+        _require(self.dilation > 0, f"engram.conv_dilation is {self.conv_dilation}; it must be positive")
         _require(len(set(self.layers)) == len(self.layers) > 0, f"engram.layers must name at least one block, each once; got {self.layers}")
         _require(
             self.hash_layer_ids is None or len(self.hash_layer_ids) == len(self.layers),
@@ -196,6 +200,14 @@ class MTPConfig:
     depth: int = 1
     loss_weight: float = 0.3  # λ; a schedule in the run may change it over time
 
+    def __post_init__(self) -> None:
+        _require(self.depth >= 1, f"mtp.depth is {self.depth}; it must be at least 1 (mtp = none switches it off)")
+    train_fraction: float = 1.0  # share of a batch's sequences that MTP trains on: the head again is half the cost of a tiny model
+
+    def __post_init__(self) -> None:
+        _require(self.depth >= 1, f"mtp.depth is {self.depth}; it must be at least 1 (mtp = none switches it off)")
+        _require(0 < self.train_fraction <= 1, f"mtp.train_fraction is {self.train_fraction}; it must lie above 0 and at most at 1")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
@@ -223,6 +235,8 @@ class ModelConfig:
         if self.engram is not None:
             outside = [layer for layer in self.engram.layers if not 0 <= layer < self.num_layers]
             _require(not outside, f"engram.layers names block {outside}; the model has blocks 0..{self.num_layers - 1}")
+            pad = self.engram.pad_token
+            _require(0 <= pad < self.vocab_size, f"engram.pad_token is {pad}; the vocabulary is 0..{self.vocab_size - 1}")
 
     def is_moe(self, layer: int) -> bool:
         """Whether block `layer` has experts (MTP blocks count on from num_layers and follow the same rule)."""

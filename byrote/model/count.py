@@ -249,8 +249,9 @@ def mtp_flops(config: ModelConfig, sequence: int) -> float:
 
 
 def training_flops(config: ModelConfig, sequence: int) -> float:
-    """FLOPs per token of forward and backward, MTP included: three times forward."""
-    return 3 * (sum(forward_flops(config, sequence).values()) + mtp_flops(config, sequence))
+    """FLOPs per token of forward and backward, MTP on its share of the sequences included: three times forward."""
+    share = 0.0 if config.mtp is None else config.mtp.train_fraction
+    return 3 * (sum(forward_flops(config, sequence).values()) + share * mtp_flops(config, sequence))
 
 
 def _score_work(config: ModelConfig, layer: int, sequence: int) -> float:

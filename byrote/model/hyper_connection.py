@@ -119,7 +119,7 @@ class FreeSite(nn.Module):
 
     def enter(self, streams_BTRD: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         with torch.autocast(streams_BTRD.device.type, enabled=False):
-            wide = streams_BTRD.float()
+            wide = streams_BTRD.to(torch.promote_types(streams_BTRD.dtype, torch.float32))
             normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.norm_eps)
             pre_BTR = self.scale[0] * torch.tanh(normed @ self.theta_pre) + self.base_pre
             post_BTR = self.scale[1] * torch.tanh(normed @ self.theta_post) + self.base_post

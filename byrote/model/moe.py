@@ -128,9 +128,9 @@ class MoE(nn.Module):
         }
 
     def _route(self, x_ND: Tensor) -> tuple[Choice, Tensor]:
-        c = self.config
+        c, work = self.config, torch.promote_types(x_ND.dtype, torch.float32)
         with torch.autocast(x_ND.device.type, enabled=False):
-            scores_NE = SCORES[c.score](functional.linear(x_ND.float(), self.router.float()))
+            scores_NE = SCORES[c.score](functional.linear(x_ND.to(work), self.router.to(work)))
         choice = topk_gate(
             scores_NE,
             self.bias,

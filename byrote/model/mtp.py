@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, D model.
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from byrote.kernels.cross_entropy import IGNORE
 from byrote.model.batch import Batch
@@ -40,6 +41,20 @@ class MTPModule(nn.Module):
         streams_BTRD = x_BTD[:, :, None].expand(-1, -1, self.num_streams, -1).contiguous()
         streams_BTRD, notes = self.block(streams_BTRD, batch, cache)
         return self.norm(self.read_out(streams_BTRD)), notes
+
+
+def tokens_ahead(tokens_BT: Tensor, targets_BT: Tensor, document_BT: Tensor | None, places: int) -> Tensor:
+    """The token `places` further on, 0 where the row or the document ends before. A row's last target counts as a token of it.
+
+    Tokens and not targets: a target may be masked (the prompt in fine-tuning), and later positions attend to what stands here.
+    """
+    length = tokens_BT.shape[1]
+    follow = torch.cat((tokens_BT, targets_BT[:, -1:].clamp_min(0)), dim=1)[:, places:]
+    ahead_BT = functional.pad(follow, (0, length - follow.shape[1]))
+    if document_BT is None:
+        return ahead_BT
+    later = torch.cat((document_BT, document_BT[:, -1:]), dim=1)[:, places:]
+    return ahead_BT * (functional.pad(later, (0, length - later.shape[1]), value=-2) == document_BT)
 
 
 def shift_targets(targets_BT: Tensor, document_BT: Tensor | None, places: int) -> Tensor:

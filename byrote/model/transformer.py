@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from byrote.errors import CheckpointError, ConfigError
-from byrote.kernels.cross_entropy import IGNORE, linear_cross_entropy
+from byrote.kernels.cross_entropy import linear_cross_entropy
 from byrote.memory.conditional import Memory, Rows
 from byrote.memory.ngram import NgramHash
 from byrote.memory.table import DeviceTable
@@ -29,7 +29,7 @@ from byrote.model.hyper_connection import make_read_out
 from byrote.model.init import initialise
 from byrote.model.linear import Linear
 from byrote.model.moe import MoE, balance_loss
-from byrote.model.mtp import MTPModule, shift_targets
+from byrote.model.mtp import MTPModule, shift_targets, tokens_ahead
 from byrote.model.norm import RMSNorm
 from byrote.model.rope import amplitude, frequencies, rotation
 from byrote.model.state import DecodeState
@@ -81,11 +81,11 @@ class Model(nn.Module):
         Raises ConfigError for ids outside the vocabulary, shapes that disagree, or an unknown name in `want`.
         """
         want = self._checked(want)
-        check_tokens(tokens_BT, self.config.vocab_size, document_BT)
+        check_tokens(tokens_BT, self.config.vocab_size, targets_BT=targets_BT, document_BT=document_BT, position_BT=position_BT)
         batch = self._batch(tokens_BT, document_BT, position_BT, state, rows)
         streams_BTRD, notes = self._body(batch)
         hidden_BTD = self.norm(self.read_out(streams_BTRD))
-        output = Output(None, {}, _loads(notes), batch.rows, _extras(want, hidden_BTD, streams_BTRD, notes))
+        output = Output(None, {}, _loads(notes, batch), batch.rows, _extras(want, hidden_BTD, streams_BTRD, notes))
         if targets_BT is None:
             return output._replace(logits=self.head(hidden_BTD))
         return self._losses(output, hidden_BTD, targets_BT, batch, notes, want)
@@ -100,7 +100,9 @@ class Model(nn.Module):
         self, tokens_BT: Tensor, document_BT: Tensor | None, position_BT: Tensor | None, state: DecodeState | None, rows: Rows | None
     ) -> Batch:
         if state is not None:
-            state.check_room(tokens_BT.shape[1])
+            state.check_room(*tokens_BT.shape)
+        if rows is not None:
+            self._check_rows(rows, tokens_BT)
         if position_BT is None:
             position_BT = positions(tokens_BT, document_BT, state)
         if rows is None and self.memory is not None:
@@ -116,6 +118,15 @@ class Model(nn.Module):
         self._frequencies_K = self._frequencies_K.to(tokens_BT.device)
         turn = rotation(position_BT, self._frequencies_K, amplitude(self.config.attention.rope.yarn))
         return Batch(tokens_BT, document_BT, keys_BS, position_BT, turn, mask_B1TS, causal, rows, state)
+
+    def _check_rows(self, rows: Rows, tokens_BT: Tensor) -> None:
+        if self.memory is None:
+            raise ConfigError("rows were given to a model without memory (engram is none); leave them out")
+        wanted = (*tokens_BT.shape, *self.memory.rows_per_token)
+        if rows.inverse_BTLN.shape != wanted:
+            raise ConfigError(
+                f"rows index {tuple(rows.inverse_BTLN.shape)} reads, these tokens need {wanted}; give what memory.fetch returned for them"
+            )
 
     def _body(self, batch: Batch) -> tuple[Tensor, dict[str, Notes]]:
         embedded_BTD = self._embed(batch.tokens_BT)
@@ -141,20 +152,29 @@ class Model(nn.Module):
         if "token_losses" in want:
             extras["token_losses"] = token_losses_BT
         if self.mtp and (self.training or want & {"mtp_logits", "mtp_losses"}):
-            losses["mtp"], mtp_notes = self._mtp(hidden_BTD, targets_BT, batch, want, extras)
+            if batch.state is not None:
+                raise ConfigError("multi-token prediction needs the whole text in one call; leave the state out, or call model.eval()")
+            scored = self._mtp_sequences(targets_BT.shape[0])
+            losses["mtp"], mtp_notes = self._mtp(hidden_BTD[:scored], targets_BT[:scored], batch.without_memory(scored), want, extras)
             notes = notes | mtp_notes
         moe = self.config.moe
         if moe is not None and moe.balance_alpha > 0 and self.training:
             real_BT = None if batch.document_BT is None else batch.document_BT >= 0
-            terms = [balance_loss(n["scores"], n["experts"], moe.balance_alpha, real_BT) for n in notes.values() if "scores" in n]
+            routed = [(n["scores"], n["experts"]) for n in notes.values() if "scores" in n]
+            terms = [balance_loss(*pair, moe.balance_alpha, None if real_BT is None else real_BT[: len(pair[0])]) for pair in routed]
             if terms:
                 losses["balance"] = torch.stack(terms).sum()
-        return output._replace(losses=losses, loads=_loads(notes), extras=extras)
+        return output._replace(losses=losses, loads=_loads(notes, batch), extras=extras)
 
     def _cross_entropy(self, hidden_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
         hidden_ND = hidden_BTD.flatten(0, 1)
         loss, losses_N = linear_cross_entropy(hidden_ND, self.head.weight.to(hidden_ND.dtype), targets_BT.flatten())
         return loss, losses_N.view(targets_BT.shape)
+
+    def _mtp_sequences(self, sequences: int) -> int:
+        """How many of the batch's sequences MTP sees: all, except in training with `mtp.train_fraction`."""
+        assert self.config.mtp is not None
+        return max(1, round(sequences * self.config.mtp.train_fraction)) if self.training else sequences
 
     def _mtp(
         self, hidden_BTD: Tensor, targets_BT: Tensor, batch: Batch, want: frozenset[str], extras: dict[str, Tensor | list[Tensor]]
@@ -162,9 +182,9 @@ class Model(nn.Module):
         """Mean loss over depths. The token k places on is the target k−1 places on; positions without one are not scored."""
         notes, terms, logits, per_token = {}, [], [], []
         for depth, module in enumerate(self.mtp):
-            ahead_BT = targets_BT if depth == 0 else shift_targets(targets_BT, batch.document_BT, depth)
-            hidden_BTD, notes[f"mtp.{depth}.block"] = module(hidden_BTD, self._embed(ahead_BT.clamp_min(0)), batch)
-            wanted_BT = shift_targets(targets_BT, batch.document_BT, depth + 1).masked_fill(ahead_BT == IGNORE, IGNORE)
+            ahead_BT = tokens_ahead(batch.tokens_BT, targets_BT, batch.document_BT, depth + 1)
+            hidden_BTD, notes[f"mtp.{depth}.block"] = module(hidden_BTD, self._embed(ahead_BT), batch)
+            wanted_BT = shift_targets(targets_BT, batch.document_BT, depth + 1)
             loss, losses_BT = self._cross_entropy(hidden_BTD, wanted_BT)
             terms.append(loss)
             per_token.append(losses_BT)
@@ -238,11 +258,24 @@ def build_memory(config: EngramConfig, vocab_size: int, seed: int, state_dim: in
     table = DeviceTable(
         sum(hash_.num_rows), config.head_dim, state_dim=state_dim, dtype=getattr(torch, config.table_dtype), std=config.table_std, seed=seed
     )
-    return Memory(hash_, table, needs_canonical=config.canonical_vocab is not None, pad_token=config.pad_token)
+    return Memory(
+        hash_, table, vocab_size=vocab_size, needs_canonical=config.canonical_vocab is not None, pad_token=config.pad_token
+    )
 
 
-def _loads(notes: dict[str, Notes]) -> dict[str, Tensor]:
-    return {f"{name}.ffn": note["load"] for name, note in notes.items() if "load" in note}
+def _loads(notes: dict[str, Notes], batch: Batch) -> dict[str, Tensor]:
+    """int64 [E]: tokens per expert. Padding goes through experts as well, but must not steer their balance."""
+    routed = {f"{name}.ffn": note for name, note in notes.items() if "load" in note}
+    if batch.document_BT is None:
+        return {name: note["load"] for name, note in routed.items()}
+    real_BT = (batch.document_BT >= 0).to(torch.int64)
+    return {name: _real_load(note["load"], note["experts"], real_BT) for name, note in routed.items()}
+
+
+def _real_load(load_E: Tensor, experts_BTK: Tensor, real_BT: Tensor) -> Tensor:
+    """MTP may have seen the first sequences only."""
+    weights_BTK = real_BT[: len(experts_BTK), :, None].expand_as(experts_BTK)
+    return torch.zeros_like(load_E).index_add_(0, experts_BTK.flatten(), weights_BTK.flatten())
 
 
 def _extras(want: frozenset[str], hidden_BTD: Tensor, streams_BTRD: Tensor, notes: dict[str, Notes]) -> dict[str, Tensor | list[Tensor]]:

@@ -15,9 +15,9 @@ Hook = Callable[[int, "Run"], None]
 
 
 def log_metrics(done: int, run: "Run") -> None:
-    """Append a row to metrics.jsonl every `train.log_every` steps, and after the first and last."""
-    every = max(1, run.config.train.log_every)
-    if done % every and done not in (1, run.total_steps):
+    """Record a row every `train.log_every` steps, and after the first and last."""
+    every = run.config.train.log_every
+    if done not in (1, run.total_steps) and (every == 0 or done % every):
         return
     result = run.last
     row = {"kind": "train", "step": done, "tokens": run.loader.tokens_seen, "seconds": round(run.seconds, 3)}

@@ -1,6 +1,6 @@
 """One optimizer step, from micro-batches to updated weights and rows. Knows no files, no clock and no console.
 
-for each micro-batch: forward (autocast) → total loss → backward
+for each micro-batch: forward (autocast) → total loss · its share of the step's scored tokens → backward
 row gradients of the micro-batches are summed; the clipping norm covers them and all parameters
 a loss or gradient that is not finite stops here, before anything is changed, and is named
 Muon and AdamW move the parameters, the row-wise optimizer the touched rows, the router biases take one balancing step
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from byrote.errors import TrainingError
+from byrote.kernels.cross_entropy import IGNORE
 from byrote.model.transformer import Model, Output
 from byrote.optim.clip import clip_gradients
 from byrote.optim.groups import Optimizers, build_optimizers
@@ -30,7 +31,7 @@ class MicroBatch(Protocol):
 
 
 class StepResult(NamedTuple):
-    losses: dict[str, Tensor]  # means over micro-batches, unweighted
+    losses: dict[str, Tensor]  # of the whole step, each term without its weight
     grad_norm: Tensor
     lr_scale: float
     mtp_weight: float
@@ -59,24 +60,25 @@ class Trainer:
         scale = lr_scale(index, self.total_steps, o)
         weight = 0.0 if mtp is None else mtp_weight(index, self.total_steps, mtp.loss_weight, self.config.train.mtp_final_weight, o)
         self.model.train()
-        outputs = [self._forward_backward(batch, weight, len(batches)) for batch in batches]
+        shares = scored_shares(batches)
+        outputs = [self._forward_backward(batch, weight, share) for batch, share in zip(batches, shares, strict=True)]
+        losses = {name: torch.stack([out.losses[name].detach() * s for out, s in zip(outputs, shares)]).sum() for name in outputs[0].losses}
         row_grad = self._row_gradient(outputs)
         norm = clip_gradients(self.model.parameters(), [] if row_grad is None else [row_grad.grad_UE], o.clip_norm)
-        if not torch.isfinite(norm):
+        if not torch.stack([norm.float(), *(loss.float() for loss in losses.values())]).isfinite().all():
             raise TrainingError(self._first_bad(index, outputs, row_grad))
         self._update(scale, row_grad)
         loads = _sum_loads(outputs)
         self.model.update_balance(loads)
-        losses = {name: torch.stack([out.losses[name].detach() for out in outputs]).mean() for name in outputs[0].losses}
         return StepResult(losses, norm, scale, weight, 0 if row_grad is None else len(row_grad.rows_U), loads)
 
-    def _forward_backward(self, batch: MicroBatch, weight: float, parts: int) -> Output:
+    def _forward_backward(self, batch: MicroBatch, weight: float, share: float) -> Output:
         tokens_BT = batch.tokens_BT.to(self.device, non_blocking=True)
         targets_BT = batch.targets_BT.to(self.device, non_blocking=True)
         document_BT = None if batch.document_BT is None else batch.document_BT.to(self.device, non_blocking=True)
         with autocast(self.device, self.config.train.precision):
             out = self.model(tokens_BT, targets_BT=targets_BT, document_BT=document_BT)
-            loss = total_loss(out.losses, weight) / parts
+            loss = total_loss(out.losses, weight) * share
         loss.backward()
         return out
 
@@ -103,15 +105,26 @@ class Trainer:
         )
 
     def _bad_names(self, outputs: Sequence[Output], row_grad: RowGradient | None) -> Iterator[str]:
+        """In the order of cause and effect: what was there before, then losses, then gradients."""
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            if not torch.isfinite(tensor).all():
+                yield f"{'the parameter' if isinstance(tensor, torch.nn.Parameter) else 'the buffer'} {name}"
+        for rows in (out.rows for out in outputs if out.rows is not None):
+            yield from (f"the memory row {row}" for row in rows.rows_U[~rows.vectors_UE.isfinite().all(1)].tolist())
         for out in outputs:
             yield from (f"the loss term {name!r}" for name, loss in out.losses.items() if not torch.isfinite(loss))
         for name, param in self.model.named_parameters():
-            if not torch.isfinite(param).all():
-                yield f"the parameter {name}"
             if param.grad is not None and not torch.isfinite(param.grad).all():
                 yield f"the gradient of {name}"
         if row_grad is not None and not torch.isfinite(row_grad.grad_UE).all():
             yield "the gradient of the memory rows"
+
+
+def scored_shares(batches: Sequence[MicroBatch]) -> list[float]:
+    """Each micro-batch's share of the scored tokens, so that several small ones train like one big one; they sum to 1."""
+    scored = [int((batch.targets_BT != IGNORE).sum()) for batch in batches]
+    total = sum(scored)
+    return [count / total for count in scored] if total else [1 / len(batches)] * len(batches)
 
 
 def _sum_loads(outputs: Sequence[Output]) -> dict[str, Tensor]:

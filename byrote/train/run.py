@@ -4,6 +4,7 @@ A recipe (`byrote/recipes/`) is a function that returns a `RunConfig`; a variant
 sets any field as `--section.key value`. The value is saved in every checkpoint.
 """
 
+import math
 from dataclasses import dataclass, field
 
 from byrote.data.config import DataConfig, SourceConfig
@@ -46,6 +47,10 @@ class OptimConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"optim.{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+        if len(self.step_points) != len(self.step_scales):
+            raise ConfigError(
+                f"optim.step_points has {len(self.step_points)} values, optim.step_scales {len(self.step_scales)}; they go in pairs"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,13 +65,24 @@ class TrainConfig:
     eval_every: int = 0  # steps between validations; 0: only at the end
     eval_context: int = 1024  # tokens a validation window sees
     eval_stride: int = 512  # tokens scored per window
-    log_every: int = 10
-    tensorboard: bool = False
+    log_every: int = 10  # steps between rows of metrics.jsonl; 0: only the first and last
+    tensorboard: bool = False  # also write the metrics to RUN/tensorboard
     mtp_final_weight: float = 0.1  # λ of MTP once the learning rate decays (V3: 0.3, then 0.1)
 
     def __post_init__(self) -> None:
         if self.precision not in ("bf16", "fp32"):
             raise ConfigError(f"train.precision is {self.precision!r}; allowed: bf16, fp32")
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(f"train.steps is {self.steps}; it must be at least 1, or none with train.seconds")
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise ConfigError(f"train.seconds is {self.seconds:g}; give a positive number, such as 20 or 225")
+        for name in ("save_every", "eval_every", "log_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train.{name} is {getattr(self, name)}; it must not be negative")
+        if self.keep_checkpoints < 1:
+            raise ConfigError(f"train.keep_checkpoints is {self.keep_checkpoints}; at least the newest one stays")
+        if not 1 <= self.eval_stride <= self.eval_context:
+            raise ConfigError(f"train.eval_stride is {self.eval_stride}; it must lie in 1..{self.eval_context} (train.eval_context)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,12 +4,14 @@
     RUN/metrics.jsonl     one JSON object a line
     RUN/data/             tokenizer, shards, validation texts (remade when missing)
     RUN/checkpoints/      written by `checkpoint.local`
+    RUN/tensorboard/      with `train.tensorboard`
 
 The number of steps is a fact of the run: given, or measured once in the first seconds of a fresh run from `train.seconds`, written to
 run.json before the first real step, and never derived from a clock again. The measuring steps are thrown away, so a resumed
 run is bitwise the run that was never interrupted.
 """
 
+import errno
 import json
 import math
 import signal
@@ -29,11 +31,10 @@ from byrote.checkpoint.atomic import replace_file
 from byrote.checkpoint.local import TrainingState, load_training, save
 from byrote.checkpoint.runs import latest, prune, step_folder
 from byrote.config import from_dict, to_dict
-from byrote.console import JsonLines
 from byrote.data.loader import Loader
 from byrote.data.prepare import Prepared, prepare
 from byrote.device import check_memory, pick_device
-from byrote.errors import CheckpointError, ConfigError, TrainingError
+from byrote.errors import CapacityError, CheckpointError, ConfigError, TrainingError
 from byrote.memory.canonical import canonical_ids
 from byrote.model.config import ModelConfig
 from byrote.model.count import count_parameters, optimizer_bytes, table_bytes, table_optimizer_bytes
@@ -43,6 +44,7 @@ from byrote.optim.rowwise import state_dim
 from byrote.tokenizer.bpe import Tokenizer
 from byrote.train.hooks import Hook, log_metrics, save_checkpoints
 from byrote.train.loop import StepResult, Trainer
+from byrote.train.metrics import Metrics
 from byrote.train.run import RunConfig
 
 _WARM_STEPS = 3  # not timed when the pace is measured
@@ -70,18 +72,16 @@ class TrainSummary:
 class Run:
     """A run in progress: what hooks and callers may look at."""
 
-    def __init__(self, config: RunConfig, out: Path, prepared: Prepared, device: torch.device) -> None:
-        self.out, self.prepared, self.device = out, prepared, device
+    def __init__(self, config: RunConfig, out: Path, prepared: Prepared, device: torch.device, metrics: Metrics) -> None:
+        self.out, self.prepared, self.device, self.metrics = out, prepared, device, metrics
         self.config = resolve(config, prepared.tokenizer)
         self.tokenizer = prepared.tokenizer
         facts = prepared.facts["training"]
         self.bytes_per_token: float = facts["bytes"] / facts["tokens"]
         self.total_steps = 0
         self.done = 0
-        self.seconds = 0.0  # of training before this sitting
-        self.metrics = JsonLines(out / "metrics.jsonl")
-        self._started: float | None = None
-        self._tokens_before = 0
+        self.seconds = 0.0  # spent in steps, over all sittings
+        self._before = (0, 0.0)  # tokens and seconds before this sitting
         self.model: Model
         self.trainer: Trainer
         self.loader: Loader
@@ -132,27 +132,47 @@ class Run:
 
     def go(self, hooks: Sequence[Hook], stop: threading.Event) -> None:
         """Train to the end, or to the step during which `stop` was set."""
-        self._started, self._tokens_before = time.monotonic(), self.loader.tokens_seen
-        before_s = self.seconds
+        self._before = (self.loader.tokens_seen, self.seconds)
         while self.done < self.total_steps and not stop.is_set():
-            self.last = self._one_step(self.done)
+            began = time.monotonic()
+            self.last = self._step_or_nothing()
             self.done += 1
-            self.seconds = before_s + time.monotonic() - self._started
+            self.seconds += time.monotonic() - began
             for hook in hooks:
                 hook(self.done, self)
 
+    def _step_or_nothing(self) -> StepResult:
+        """The next step. If it fails, the data too stands where it did before."""
+        position = self.loader.state_dict()
+        try:
+            return self._one_step(self.done)
+        except TrainingError:
+            self.loader.load_state_dict(position)
+            raise
+
     def tokens_per_second(self) -> float:
-        """Of this sitting."""
-        assert self._started is not None
-        return (self.loader.tokens_seen - self._tokens_before) / max(time.monotonic() - self._started, 1e-9)
+        """Of this sitting; steps alone."""
+        tokens, seconds = self._before
+        return (self.loader.tokens_seen - tokens) / max(self.seconds - seconds, 1e-9)
 
     def record(self, row: dict[str, Any]) -> None:
         self.metrics.write(row)
 
     # ── keeping ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def save(self) -> Path:
-        """Write a checkpoint of this moment; returns its folder."""
+    def save(self) -> None:
+        """Write a checkpoint of this moment, and delete those that are too old to keep."""
+        self._save()
+        prune(self.out, self.config.train.keep_checkpoints)
+
+    def save_failure(self) -> Path:
+        """Keep the state before a step that failed, beside all earlier ones: it may be damaged itself."""
+        folder = step_folder(self.out, self.done)
+        if latest(self.out) != folder:
+            self._save()
+        return folder
+
+    def _save(self) -> None:
         optimizer = self.trainer.optimizers.state_dict()
         training = TrainingState(
             step=self.done,
@@ -160,10 +180,7 @@ class Run:
             optimizer_meta=optimizer.meta,
             loop={"seconds": self.seconds, "total_steps": self.total_steps, "loader": self.loader.state_dict(), "run": to_dict(self.config)},
         )
-        folder = step_folder(self.out, self.done)
-        save(self.model, folder, tokenizer=self.tokenizer, training=training)
-        prune(self.out, self.config.train.keep_checkpoints)
-        return folder
+        save(self.model, step_folder(self.out, self.done), tokenizer=self.tokenizer, training=training)
 
     def restore(self, checkpoint: Path) -> None:
         """Go on from a checkpoint of this run, bitwise."""
@@ -185,9 +202,9 @@ class Run:
         }
         replace_file(self.out / "run.json", json.dumps(facts | more, indent=1).encode())
 
-    def summary(self, interrupted: bool) -> TrainSummary:
+    def summary(self) -> TrainSummary:
         counted = count_parameters(self.config.model)
-        loss = self.last.losses["next_token"].item() if hasattr(self, "last") else math.nan
+        loss = self.last.losses["next_token"].item() if hasattr(self, "last") else self._recorded_loss()
         return TrainSummary(
             steps=self.done,
             tokens=self.loader.tokens_seen,
@@ -196,8 +213,13 @@ class Run:
             loss=loss,
             parameters=counted.trained,
             memory_parameters=counted.table,
-            interrupted=interrupted,
+            interrupted=self.done < self.total_steps,
         )
+
+    def _recorded_loss(self) -> float:
+        """Loss of the last step as an earlier sitting wrote it down; NaN if it did not."""
+        row = self.metrics.last("train", self.done)
+        return math.nan if row is None or row["loss"] is None else row["loss"]
 
 
 def _canonical(tokenizer: Tokenizer) -> tuple[torch.Tensor, int]:
@@ -227,14 +249,26 @@ def train(
 
     With `resume`, the run in `out` goes on (its saved configuration must agree) and a finished one is returned as it is. Ctrl-C
     finishes the step, saves, and returns with `interrupted` set. Raises TrainingError when a number is not finite, after saving
-    the state before that step.
+    the state before that step; CapacityError for a full disk or too little RAM.
     """
     device = pick_device(config.train.device)
     out.mkdir(parents=True, exist_ok=True)
     saved = _saved_run(config, out) if resume else None
+    checkpoint = latest(out)
+    if saved is None and checkpoint is not None:
+        raise ConfigError(f"{out} holds checkpoints of another run, up to {checkpoint.name}. Choose another folder, or move them away")
     _check_fits(config, device)
-    run = Run(config, out, prepare(config.data, out / "data", on_data), device)
-    checkpoint = latest(out) if saved is not None else None
+    with _disk_full_explained(out):
+        metrics = Metrics(out, tensorboard=config.train.tensorboard)
+        run = Run(config, out, prepare(config.data, out / "data", on_data), device, metrics)
+        _begin(run, saved, checkpoint)
+        if on_ready is not None and run.done < run.total_steps:
+            on_ready(run)
+        return run, _finish(run, hooks)
+
+
+def _begin(run: Run, saved: dict[str, Any] | None, checkpoint: Path | None) -> None:
+    """Bring the run to where it starts or goes on."""
     if saved is None:
         run.fix_steps()
         run.metrics.truncate_after(-1)
@@ -245,24 +279,24 @@ def train(
     if checkpoint is not None:
         run.restore(checkpoint)
     run.metrics.truncate_after(run.done)
-    if on_ready is not None:
-        on_ready(run)
-    return run, _finish(run, hooks)
 
 
 def _finish(run: Run, hooks: Sequence[Hook]) -> TrainSummary:
     before = run.done
     with _stop_on_interrupt() as stop:
         try:
-            run.go((log_metrics, save_checkpoints, *hooks), stop)
-        except TrainingError:
-            run.save()
-            raise
+            # a checkpoint comes last: whoever resumes from it finds all that its step recorded
+            run.go((log_metrics, *hooks, save_checkpoints), stop)
+        except TrainingError as error:
+            folder = run.save_failure()
+            raise TrainingError(f"{error}. The state before this step is in {folder}; delete it to resume from an earlier one") from error
+        finally:
+            run.loader.close()
         if run.done > before or latest(run.out) is None:
             run.save()
-    run.loader.close()
-    summary = run.summary(interrupted=run.done < run.total_steps)
-    run.write_facts(summary=asdict(summary))
+    summary = run.summary()
+    known = asdict(summary) | {"loss": summary.loss if math.isfinite(summary.loss) else None}  # JSON has no NaN
+    run.write_facts(summary=known)
     return summary
 
 
@@ -274,6 +308,9 @@ def _saved_run(config: RunConfig, out: Path) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise CheckpointError(f"{out / 'run.json'} is damaged ({error}); restore it, or train into another folder") from error
+    missing = {"config", "total_steps"} - set(saved)
+    if missing:
+        raise CheckpointError(f"{out / 'run.json'} lacks {', '.join(sorted(missing))}; restore it, or train into another folder")
     before, now = _comparable(from_dict(RunConfig, saved["config"])), _comparable(config)
     if before != now:
         change = _first_difference(before, now)
@@ -300,6 +337,17 @@ def _first_difference(before: Any, now: Any, path: str = "") -> str:
             if before[key] != now.get(key):
                 return _first_difference(before[key], now.get(key), f"{path}.{key}" if path else key)
     return f"{path} was {before!r}, now {now!r}"
+
+
+@contextmanager
+def _disk_full_explained(out: Path) -> Iterator[None]:
+    """Checkpoints and shards explain themselves; this is for metrics.jsonl and run.json."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise CapacityError(f"the disk of {out} is full. Free some space and resume: earlier checkpoints are intact") from error
 
 
 def _check_fits(config: RunConfig, device: torch.device) -> None:

@@ -132,11 +132,12 @@ def test_all_is_on_the_disk_before_the_name_and_the_name_before_the_end(tmp_path
     sync, rename = os.fsync, os.rename
     monkeypatch.setattr(os, "fsync", lambda handle: (log.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))), sync(handle)))
     monkeypatch.setattr(os, "rename", lambda old, new: (log.append("rename"), rename(old, new)))
-    fill(tmp_path / "target", "new")
+    fill(tmp_path / "deep" / "target", "new")
+    assert log.pop(0) == tmp_path.name, "the new parent is an entry of its own parent"
     before, after = log[: log.index("rename")], log[log.index("rename") + 1 :]
     assert before.index("a") < len(before) - 1 and before.index("b") < before.index("inner", before.index("b"))
     assert before[-1].startswith(f"{TEMPORARY}target")
-    assert after == [tmp_path.name]
+    assert after == ["deep"]
 
 
 def test_leftovers_of_a_writer_that_is_still_writing_stay(tmp_path: Path) -> None:

@@ -236,6 +236,11 @@ def test_a_higher_dtype_raises_everything(tmp_path: Path) -> None:
     assert {param.dtype for param in loaded.parameters()} == {torch.float32}
 
 
+def test_a_dtype_that_cannot_compute_is_refused(saved: Path) -> None:
+    with pytest.raises(ConfigError, match=r"torch\.int8; allowed: torch\.float32"):
+        load(saved, dtype=torch.int8)
+
+
 def test_the_files_are_what_other_programs_read(saved: Path) -> None:
     model = build(CANONICAL)
     assert same(load_file(saved / local.MODEL), model.state_dict())
@@ -249,6 +254,16 @@ def test_every_dtype_and_odd_shape_survives_a_file(dtype: torch.dtype, tmp_path:
     (tmp_path / "file").write_bytes(b"".join(tensor_file(tensors)))
     assert same(read_tensors(tmp_path / "file"), tensors)
     assert same(load_file(tmp_path / "file"), tensors)
+
+
+def test_numbers_are_aligned_in_the_file(tmp_path: Path) -> None:
+    tensors = {"a": torch.zeros(3).bfloat16(), "b": torch.zeros(5).long(), "c": torch.zeros(7), "d": torch.zeros(1).bool()}
+    (tmp_path / "file").write_bytes(b"".join(tensor_file(tensors)))
+    data = (tmp_path / "file").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    assert (8 + length) % 64 == 0
+    for name, entry in json.loads(data[8 : 8 + length]).items():
+        assert entry["data_offsets"][0] % tensors[name].element_size() == 0
 
 
 def test_a_tensor_larger_than_a_piece_survives_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -451,6 +466,7 @@ def test_pruning_keeps_the_newest_complete_ones(tmp_path: Path) -> None:
     prune(tmp_path, 2)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["notes", "step-00000002", "step-00000004", "step-00000005"]
     prune(tmp_path, 0)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["notes", "step-00000004", "step-00000005"]
     assert latest(tmp_path) == step_folder(tmp_path, 4)
     (step_folder(tmp_path, 4) / MANIFEST).unlink()
     prune(tmp_path, 1)
@@ -508,6 +524,17 @@ def test_only_checkpoints_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     save(build(PLAIN), tmp_path / "empty")
     load(tmp_path / "empty")
+
+
+def test_weights_of_another_program_are_not_replaced_and_half_a_step_of_a_run_is(tmp_path: Path) -> None:
+    for folder in (tmp_path / "hub", step_folder(tmp_path, 3)):
+        folder.mkdir(parents=True)
+        for name in (local.CONFIG, local.MODEL):
+            (folder / name).write_bytes(b"of another program, or cut short")
+    with pytest.raises(CheckpointError, match=r"holds config\.json, model\.safetensors"):
+        save(build(PLAIN), tmp_path / "hub")
+    save(build(PLAIN), step_folder(tmp_path, 3))
+    assert latest(tmp_path) == step_folder(tmp_path, 3)
 
 
 def test_a_link_to_a_checkpoint_stays_a_link(tmp_path: Path) -> None:

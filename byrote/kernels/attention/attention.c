@@ -26,6 +26,18 @@ typedef struct {
     float *delta, *lse, *d_q, *d_k, *d_v;
 } work;
 
+/* Sums, times `scale`, become row `t` of `to`; `rest`, unless NULL, receives what rounding takes. */
+INLINE void write_lanes(const heads *to, const heads *rest, long t, long at, long width, lanes v, const int bf16, const int whole) {
+    const lanes kept = store_row((row){row_of(to, t, bf16), width, bf16, whole}, at, v);
+    if (rest && rest->start) store_row((row){row_of(rest, t, bf16), width, bf16, whole}, at, v - kept);
+}
+
+INLINE void write_row(const heads *to, const heads *rest, long t, long width, const float *from, float scale, const int bf16) {
+    for (long at = 0; at < width; at += LANES)
+        if (at + LANES <= width) write_lanes(to, rest, t, at, width, load(from + at) * scale, bf16, 1);
+        else write_lanes(to, rest, t, at, width, load(from + at) * scale, bf16, 0);
+}
+
 /* ---- forward ---- */
 
 /* The tile's scores of query t become powers of two above its new maximum; the return value scales what was summed before. */
@@ -75,52 +87,47 @@ INLINE void forward_tile(const problem *p, work *w, const tile *x, const int bf1
     }
 }
 
-INLINE void forward_block(const problem *p, work *w, long head, long query, const int bf16) {
+INLINE void forward_block(const problem *p, work *w, long query, const int bf16) {
     const long queries = min_long(QUERIES, p->T - query), keys = p->causal ? min_long(p->S, query + queries) : p->S;
-    pack_rows(w->q_block, QUERIES, row_of(&p->q, p, head, query), p->q.row, queries, p->K, bf16);
+    pack_rows(w->q_block, QUERIES, row_of(&p->q, query, bf16), p->q.row, queries, p->K, bf16);
     memset(w->o, 0, sizeof(float) * QUERIES * w->Vp);
     memset(w->total, 0, sizeof(float) * QUERIES * LANES);
     for (long t = 0; t < QUERIES; t++) w->top[t] = -3.4e38f;
     for (long key = 0; key < keys; key += KEYS) {
-        const tile x = tile_at(p, head, query, key);
+        const tile x = tile_at(p, query, key);
         if (!x.hidden) forward_tile(p, w, &x, bf16);
     }
     for (long t = 0; t < queries; t++) {
         const float total = sum_lanes(load(w->total + t * LANES)), inverse = total == 0 ? 0 : 1 / total;
-        const row out = {row_of(&p->out, p, head, query + t), p->V, bf16, p->V % LANES == 0};
-        const row rest = {p->rest.start ? row_of(&p->rest, p, head, query + t) : NULL, p->V, bf16, p->V % LANES == 0};
-        for (long at = 0; at < p->V; at += LANES) {
-            const lanes v = load(w->o + t * w->Vp + at) * inverse, kept = store_row(out, at, v);
-            if (rest.start) store_row(rest, at, v - kept);
-        }
-        if (p->lse) p->lse[head * p->T + query + t] = total == 0 ? 0 : w->top[t] + log2f(total);
+        write_row(&p->out, &p->rest, query + t, p->V, w->o + t * w->Vp, inverse, bf16);
+        if (p->lse) p->lse[query + t] = total == 0 ? 0 : w->top[t] + log2f(total);
     }
 }
 
-INLINE void forward_item(const problem *p, work *w, long head, long part, long split, const int bf16) {
+INLINE void forward_item(const problem *p, work *w, long part, long split, const int bf16) {
     const long keys = p->causal ? min_long(p->S, p->T) : p->S;
     for (long key = 0; key < keys; key += KEYS)
-        pack_across(w->k_across + key * w->Ku, KEYS, row_of(&p->k, p, head, key), p->k.row, min_long(KEYS, keys - key), p->K, bf16);
-    pack_pairs(w->v_pairs, w->Vp, round_up(keys, KEYS), row_of(&p->v, p, head, 0), p->v.row, keys, p->V, bf16);
-    for (long query = part * QUERIES; query < p->T; query += split * QUERIES) forward_block(p, w, head, query, bf16);
+        pack_across(w->k_across + key * w->Ku, KEYS, row_of(&p->k, key, bf16), p->k.row, min_long(KEYS, keys - key), p->K, bf16);
+    pack_pairs(w->v_pairs, w->Vp, round_up(keys, KEYS), row_of(&p->v, 0, bf16), p->v.row, keys, p->V, bf16);
+    for (long query = part * QUERIES; query < p->T; query += split * QUERIES) forward_block(p, w, query, bf16);
 }
 
 /* ---- backward ---- */
 
 /* <out, d_out> of each query, and what the forward left. */
-INLINE void prepare_rows(const problem *p, work *w, long head, const int bf16) {
+INLINE void prepare_rows(const problem *p, work *w, const int bf16) {
     const long padded = round_up(p->T, QUERIES);
     for (long t = 0; t < p->T; t++) {
-        const row out = {row_of(&p->out, p, head, t), p->V, bf16, p->V % LANES == 0};
-        const row above = {row_of(&p->d_out, p, head, t), p->V, bf16, p->V % LANES == 0};
-        const row rest = {p->rest.start ? row_of(&p->rest, p, head, t) : NULL, p->V, bf16, p->V % LANES == 0};
         lanes sum = {0};
-        for (long at = 0; at < p->V; at += LANES)
-            sum += (load_row(out, at) + (rest.start ? load_row(rest, at) : splat(0))) * load_row(above, at);
+        for (long at = 0; at < p->V; at += LANES) {
+            const lanes out = (lanes)spread(row_of(&p->out, t, bf16), at, p->V, bf16);
+            const lanes rest = bf16 ? (lanes)spread(row_of(&p->rest, t, bf16), at, p->V, bf16) : splat(0);
+            sum += (out + rest) * (lanes)spread(row_of(&p->d_out, t, bf16), at, p->V, bf16);
+        }
         w->delta[t] = sum_lanes(sum);
-        w->lse[t] = p->lse[head * p->T + t];
+        w->lse[t] = p->lse[t];
     }
-    const char *q = row_of(&p->q, p, head, 0), *g = row_of(&p->d_out, p, head, 0);
+    const char *q = row_of(&p->q, 0, bf16), *g = row_of(&p->d_out, 0, bf16);
     pack_rows(w->q_rows, padded, q, p->q.row, p->T, p->K, bf16);
     pack_pairs(w->q_pairs, w->Kp, padded, q, p->q.row, p->T, p->K, bf16);
     pack_rows(w->g_rows, padded, g, p->d_out.row, p->T, p->V, bf16);
@@ -128,9 +135,9 @@ INLINE void prepare_rows(const problem *p, work *w, long head, const int bf16) {
     memset(w->d_q, 0, sizeof(float) * padded * w->Kp);
 }
 
-INLINE void prepare_keys(const problem *p, work *w, long head, long key, const int bf16) {
+INLINE void prepare_keys(const problem *p, work *w, long key, const int bf16) {
     const long keys = min_long(KEYS, p->S - key);
-    const char *k = row_of(&p->k, p, head, key), *v = row_of(&p->v, p, head, key);
+    const char *k = row_of(&p->k, key, bf16), *v = row_of(&p->v, key, bf16);
     pack_across(w->k_across, KEYS, k, p->k.row, keys, p->K, bf16);
     pack_across(w->v_across, KEYS, v, p->v.row, keys, p->V, bf16);
     pack_pairs(w->k_pairs, w->Kp, KEYS, k, p->k.row, keys, p->K, bf16);
@@ -160,9 +167,9 @@ INLINE void slope_pair(const work *w, const tile *x, long t, long at, float scal
         for (int i = 0; i < 2; i++) store((float *)w->d_pairs + (t + i) * KEYS + at, d[i]);
         return;
     }
-    short_lanes p0 = narrow(power[0]), p1 = narrow(power[1]), d0 = narrow(d[0]), d1 = narrow(d[1]);
-    bit_lanes both_p = __builtin_convertvector(p0, bit_lanes) | __builtin_convertvector(p1, bit_lanes) << 16;
-    bit_lanes both_d = __builtin_convertvector(d0, bit_lanes) | __builtin_convertvector(d1, bit_lanes) << 16;
+    const short_lanes p0 = narrow(power[0]), p1 = narrow(power[1]), d0 = narrow(d[0]), d1 = narrow(d[1]);
+    const bit_lanes both_p = pair_units((bit_lanes)widen(p0), (bit_lanes)widen(p1));
+    const bit_lanes both_d = pair_units((bit_lanes)widen(d0), (bit_lanes)widen(d1));
     memcpy(w->p_pairs + t / 2 * KEYS + at, &both_p, sizeof both_p);
     memcpy(w->d_pairs + t / 2 * KEYS + at, &both_d, sizeof both_d);
     memcpy((uint16_t *)w->d_rows + t * KEYS + at, &d0, sizeof d0);
@@ -210,28 +217,24 @@ INLINE void backward_tile(const problem *p, work *w, const tile *x, const int bf
     }
 }
 
-/* Rows of fp32 sums, times `scale`, to a head's rows from `first`. */
-INLINE void write_rows(const problem *p, const heads *to, long head, long first, long rows, long width, const float *from, long stride,
-                       float scale) {
-    for (long r = 0; r < rows; r++) {
-        const row out = {row_of(to, p, head, first + r), width, p->bf16, width % LANES == 0};
-        for (long at = 0; at < width; at += LANES) store_row(out, at, load(from + r * stride + at) * scale);
-    }
+INLINE void write_rows(const heads *to, long first, long rows, long width, const float *from, long stride, float scale,
+                       const int bf16) {
+    for (long r = 0; r < rows; r++) write_row(to, NULL, first + r, width, from + r * stride, scale, bf16);
 }
 
-INLINE void backward_item(const problem *p, work *w, long head, long part, long split, const int bf16) {
-    prepare_rows(p, w, head, bf16);
+INLINE void backward_item(const problem *p, work *w, long part, long split, const int bf16) {
+    prepare_rows(p, w, bf16);
     for (long key = part * KEYS; key < p->S; key += split * KEYS) {
-        prepare_keys(p, w, head, key, bf16);
+        prepare_keys(p, w, key, bf16);
         for (long query = p->causal ? key / QUERIES * QUERIES : 0; query < p->T; query += QUERIES) {
-            const tile x = tile_at(p, head, query, key);
+            const tile x = tile_at(p, query, key);
             if (!x.hidden) backward_tile(p, w, &x, bf16);
         }
         const long keys = min_long(KEYS, p->S - key);
-        write_rows(p, &p->d_k, head, key, keys, p->K, w->d_k, w->Kp, (float)p->scale);
-        write_rows(p, &p->d_v, head, key, keys, p->V, w->d_v, w->Vp, 1);
+        write_rows(&p->d_k, key, keys, p->K, w->d_k, w->Kp, (float)p->scale, bf16);
+        write_rows(&p->d_v, key, keys, p->V, w->d_v, w->Vp, 1, bf16);
     }
-    if (split == 1) write_rows(p, &p->d_q, head, 0, p->T, p->K, w->d_q, w->Kp, (float)p->scale);
+    if (split == 1) write_rows(&p->d_q, 0, p->T, p->K, w->d_q, w->Kp, (float)p->scale, bf16);
 }
 
 /* ---- work space, items, entry points ---- */
@@ -279,11 +282,12 @@ static size_t place(work *w, const problem *p, int backward, char *block) {
 }
 
 static void run_item(const problem *p, work *w, long item, long split, int backward) {
-    const long head = item / split, part = item % split;
-    if (!backward && p->bf16) forward_item(p, w, head, part, split, 1);
-    else if (!backward) forward_item(p, w, head, part, split, 0);
-    else if (p->bf16) backward_item(p, w, head, part, split, 1);
-    else backward_item(p, w, head, part, split, 0);
+    const problem one = only_head(p, item / split);
+    const long part = item % split;
+    if (!backward && p->bf16) forward_item(&one, w, part, split, 1);
+    else if (!backward) forward_item(&one, w, part, split, 0);
+    else if (p->bf16) backward_item(&one, w, part, split, 1);
+    else backward_item(&one, w, part, split, 0);
 }
 
 /* d_q of heads that were split: the parts' sums, added in order. */
@@ -291,10 +295,11 @@ static void sum_parts(const problem *p, float *partial, long split, long numbers
     const long Kp = round_up(p->K, LANES);
 #pragma omp parallel for schedule(static) num_threads(p->threads)
     for (long head = 0; head < p->B * p->H; head++) {
+        const problem one = only_head(p, head);
         float *sum = partial + head * split * numbers;
         for (long part = 1; part < split; part++)
             for (long i = 0; i < numbers; i += LANES) store(sum + i, load(sum + i) + load(sum + part * numbers + i));
-        write_rows(p, &p->d_q, head, 0, p->T, p->K, sum, Kp, (float)p->scale);
+        write_rows(&one.d_q, 0, p->T, p->K, sum, Kp, (float)p->scale, p->bf16);
     }
 }
 

@@ -38,9 +38,17 @@ INLINE long min_long(long a, long b) { return a < b ? a : b; }
 
 INLINE long max_long(long a, long b) { return a > b ? a : b; }
 
-/* The row of a head. */
-INLINE char *row_of(const heads *x, const problem *p, long head, long row) {
-    return x->start + (head / p->H * x->batch + head % p->H * x->head + row * x->row) * (p->bf16 ? 2 : 4);
+INLINE char *row_of(const heads *x, long row, const int bf16) { return x->start + row * x->row * (bf16 ? 2 : 4); }
+
+/* The same problem with everything at the first row of one head. */
+static problem only_head(const problem *p, long head) {
+    problem one = *p;
+    heads *all[] = {&one.q, &one.k, &one.v, &one.out, &one.rest, &one.d_out, &one.d_q, &one.d_k, &one.d_v};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        if (all[i]->start) all[i]->start += (head / p->H * all[i]->batch + head % p->H * all[i]->head) * (p->bf16 ? 2 : 4);
+    if (one.mask) one.mask += head / p->H * one.mask_batch;
+    if (one.lse) one.lse += head * p->T;
+    return one;
 }
 
 /* Keys of the tile that its query t may see by order, from the first one on. */
@@ -49,10 +57,10 @@ INLINE long seen(const tile *x, long t) {
     return x->causal ? max_long(0, min_long(x->keys, x->query + t - x->key + 1)) : x->keys;
 }
 
-static tile tile_at(const problem *p, long head, long query, long key) {
+static tile tile_at(const problem *p, long query, long key) {
     tile x = {query, key, min_long(QUERIES, p->T - query), min_long(KEYS, p->S - key), NULL, p->mask_row, p->causal, 0};
     if (!p->mask) return x;
-    x.mask = p->mask + head / p->H * p->mask_batch + query * p->mask_row + key;
+    x.mask = p->mask + query * p->mask_row + key;
     int any = 0, all = 1;
     for (long t = 0; t < x.queries; t++)
         for (long s = 0; s < x.keys; s++) {
