@@ -3,7 +3,7 @@
 `x_ND` holds the tokens of expert 0, then those of expert 1, …; `ends_E[e]` is the row behind expert e's last token (int32, inclusive
 prefix sum of the counts). No capacity, no padding, no dropped token; an expert without tokens costs nothing.
 
-`reference` is a loop over experts. Elsewhere than in bf16 on a CPU (see `cpu.py`) the product is PyTorch's grouped one, with its own
+`reference` is a loop over experts. Elsewhere than in bf16 on a CPU (see `windows.py`) the product is PyTorch's grouped one, with its own
 backward: two more grouped products, without copies of the weights. That one wants rows of a multiple of 16 bytes and knows no
 fp64; the rest takes the loop.
 
@@ -13,7 +13,7 @@ Shapes: N sorted tokens, D inputs, F outputs, E experts.
 import torch
 from torch import Tensor
 
-from byrote.kernels.grouped_matmul import cpu
+from byrote.kernels.grouped_matmul import windows
 from byrote.kernels.grouped_matmul.reference import grouped_matmul as reference
 
 __all__ = ["grouped_matmul", "reference"]
@@ -41,14 +41,14 @@ class _Windows(torch.autograd.Function):
     def forward(ctx, x_ND: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
         ctx.save_for_backward(x_ND, weight_EFD)
         ctx.ends = ends_E.tolist()
-        return cpu.product(x_ND, weight_EFD, ctx.ends)
+        return windows.product(x_ND, weight_EFD, ctx.ends)
 
     @staticmethod
     def backward(ctx, grad_NF: Tensor):  # type: ignore[no-untyped-def, override]
         x_ND, weight_EFD = ctx.saved_tensors
         grad_NF = grad_NF.contiguous()
-        grad_x = cpu.product(grad_NF, weight_EFD.transpose(1, 2), ctx.ends) if ctx.needs_input_grad[0] else None
-        grad_w = cpu.weight_gradient(grad_NF, x_ND, ctx.ends) if ctx.needs_input_grad[1] else None
+        grad_x = windows.product(grad_NF, weight_EFD.transpose(1, 2), ctx.ends) if ctx.needs_input_grad[0] else None
+        grad_w = windows.weight_gradient(grad_NF, x_ND, ctx.ends) if ctx.needs_input_grad[1] else None
         return grad_x, grad_w, None
 
 
