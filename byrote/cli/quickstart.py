@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from byrote.console import Progress, format_count, format_duration, print_table,
 from byrote.errors import ConfigError
 
 if TYPE_CHECKING:
+    from byrote.cli.training import Validator
     from byrote.eval.report import GatedText, Sample
     from byrote.train.run import RunConfig
     from byrote.train.session import Run, TrainSummary
@@ -52,9 +54,8 @@ def run(args: argparse.Namespace) -> int:
         if summary.interrupted:
             print(f"Saved. To go on: byrote quickstart --out {out}")
             return 130
-        assert validator.last is not None
         progress.update("comparing with silenced memory and xz")
-        bits = _bits(finished, validator.last.bits_per_byte, progress)
+        bits = _bits(finished, validator)
         progress.update("writing the report")
         report = _write_report(finished, summary, bits)
     _print_result(out, finished, summary, bits, report, as_json=args.json)
@@ -67,7 +68,7 @@ def _config(args: argparse.Namespace) -> "RunConfig":
     config = load_recipe("tiny_cpu")
     train = config.train
     if args.seconds is not None:
-        if args.seconds <= 0:
+        if not 0 < args.seconds < math.inf:
             raise ConfigError(f"--seconds is {args.seconds:g}; give a positive number, such as 20 or 225")
         train = replace(train, seconds=args.seconds)
     if args.device is not None:
@@ -78,16 +79,13 @@ def _config(args: argparse.Namespace) -> "RunConfig":
     return replace(config, train=train, data=data)
 
 
-def _bits(run: "Run", model_bits: float, progress: Progress) -> dict[str, float]:
+def _bits(run: "Run", validator: "Validator") -> dict[str, float]:
     """Bits per byte of the validation texts: the model, the model with zeroed memory, xz."""
-    from byrote.cli.training import validation_bits
     from byrote.eval.bits import xz_bits_per_byte
-    from byrote.eval.probes import memory_silenced
 
-    bits = {"model": model_bits}
+    bits = {"model": validator.score(run).bits_per_byte}
     if run.model.memory is not None:
-        with memory_silenced(run.model):
-            bits["without_memory"] = validation_bits(run, progress).bits_per_byte
+        bits["without_memory"] = validator.score_without_memory(run).bits_per_byte
     bits["xz"] = xz_bits_per_byte([document.text.encode("utf-8") for document in run.prepared.validation])
     return bits
 
@@ -118,7 +116,7 @@ def _write_report(run: "Run", summary: "TrainSummary", bits: dict[str, float]) -
         )
     )
     path = run.out / "report.html"
-    replace_file(path, page.encode())
+    replace_file(path, page.encode("utf-8", "replace"))  # a file's name may hold bytes that are no text
     return path
 
 

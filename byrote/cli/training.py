@@ -6,12 +6,11 @@ Training knows neither the console nor evaluation; both are passed in from here 
 import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from byrote.console import Progress, format_bytes, format_duration
 
 if TYPE_CHECKING:
-    from byrote.eval.bits import BitsResult
     from byrote.train.run import RunConfig
     from byrote.train.session import Run, TrainSummary
 
@@ -61,47 +60,59 @@ class LiveLine:
         )
 
 
+class Score(NamedTuple):
+    bits_per_byte: float
+    tokens: int
+    seconds: float
+
+
 class Validator:
     """The hook that scores the validation texts every `train.eval_every` steps, and the final score."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self.last: BitsResult | None = None
+        self.last: Score | None = None
 
     def step(self, done: int, run: "Run") -> None:
         every = run.config.train.eval_every
-        if every and done % every == 0 and done < run.total_steps:
+        if every and done % every == 0 and done < run.total_steps and run.prepared.validation:
             self.score(run)
 
-    def score(self, run: "Run") -> "BitsResult":
-        """Bits per byte of the validation texts; recorded as a metrics row."""
-        result = validation_bits(run, self._progress)
-        run.record(
-            {
-                "kind": "validation",
-                "step": run.done,
-                "bits_per_byte": result.bits_per_byte,
-                "tokens": result.tokens,
-                "seconds": result.seconds,
-            }
-        )
-        self.last = result
-        return result
+    def score(self, run: "Run") -> Score:
+        """Bits per byte of the validation texts after the last step; recorded in the metrics."""
+        self.last = self._recorded(run, "validation")
+        return self.last
 
+    def score_without_memory(self, run: "Run") -> Score:
+        """The same with all memory rows zeroed."""
+        from byrote.eval.probes import memory_silenced
 
-def validation_bits(run: "Run", progress: Progress) -> "BitsResult":
-    from byrote.eval.bits import bits_per_byte
+        with memory_silenced(run.model):
+            return self._recorded(run, "validation_without_memory")
 
-    t = run.config.train
-    texts = [(document.name, document.text) for document in run.prepared.validation]
-    return bits_per_byte(
-        run.model, run.tokenizer, texts, context=t.eval_context, stride=t.eval_stride, device=run.device, precision=t.precision,
-        progress=lambda done, total: progress.update(f"validating {100 * done / max(total, 1):.0f} %"),
-    )  # fmt: skip
+    def _recorded(self, run: "Run", kind: str) -> Score:
+        """Computed once for each step: a finished run that is called again has its row already."""
+        row = run.metrics.last(kind, run.done)
+        if row is not None:
+            return Score(*(row[name] for name in Score._fields))
+        score = self._compute(run)
+        run.record({"kind": kind, "step": run.done} | score._asdict())
+        return score
+
+    def _compute(self, run: "Run") -> Score:
+        from byrote.eval.bits import bits_per_byte
+
+        t = run.config.train
+        texts = [(document.name, document.text) for document in run.prepared.validation]
+        result = bits_per_byte(
+            run.model, run.tokenizer, texts, context=t.eval_context, stride=t.eval_stride, device=run.device, precision=t.precision,
+            progress=lambda done, total: self._progress.update(f"validating {100 * done / max(total, 1):.0f} %"),
+        )  # fmt: skip
+        return Score(result.bits_per_byte, result.tokens, result.seconds)
 
 
 def train_with_progress(config: "RunConfig", out: Path, *, resume: bool, progress: Progress) -> tuple["Run", "TrainSummary", Validator]:
-    """Train with a live line; the final validation is done unless the run was interrupted."""
+    """Train with a live line; the final validation is done unless the run was interrupted or holds no text back."""
     from byrote.train.session import train
 
     line, validator = LiveLine(progress), Validator(progress)
@@ -109,6 +120,6 @@ def train_with_progress(config: "RunConfig", out: Path, *, resume: bool, progres
     run, summary = train(config, out, resume=resume, hooks=hooks, on_data=line.data, on_ready=line.ready)
     if summary.interrupted:
         progress.close(f"stopped after step {summary.steps} of {run.total_steps}; saved in {out}")
-    else:
+    elif run.prepared.validation:
         validator.score(run)
     return run, summary, validator

@@ -85,7 +85,7 @@ def _reuse(config: DataConfig, folder: Path, key: str) -> Prepared | None:
     try:
         saved = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
         validation = (folder / "validation.jsonl").read_bytes()
-        if saved["key"] != key or saved["validation"] != hashlib.sha256(validation).hexdigest():
+        if saved["key"] != key or saved["checksum"] != _checksum(saved["facts"], validation):
             return None
         tokenizer = Tokenizer.load(folder / "tokenizer")
         shards = [find_shard(_shard_folder(folder, source), key) for source in range(len(config.sources))]
@@ -94,10 +94,14 @@ def _reuse(config: DataConfig, folder: Path, key: str) -> Prepared | None:
                 return None
             if shard.tokens.nbytes <= VERIFIED_BYTES:
                 shard.verify()
-    except (OSError, ValueError, KeyError, DataError):  # missing, torn or altered: it is only a cache, and is made again
+    except (OSError, ValueError, KeyError, TypeError, DataError):  # missing, torn or altered: it is only a cache, and is made again
         return None
     documents = [Document(**json.loads(line)) for line in validation.splitlines()]
     return Prepared(config=config, tokenizer=tokenizer, shards=tuple(filter(None, shards)), validation=documents, facts=saved["facts"])
+
+
+def _checksum(facts: dict[str, Any], validation: bytes) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8") + validation).hexdigest()
 
 
 def _shard_folder(folder: Path, source: int) -> Path:
@@ -118,7 +122,7 @@ def _build(config: DataConfig, folder: Path, key: str, tokenizer: Tokenizer | No
     facts = _facts(config, tokenizer, split, shards, tallies)
     validation = "".join(json.dumps(document._asdict()) + "\n" for document in split.validation).encode("utf-8")
     _replace(folder / "validation.jsonl", validation)
-    saved = {"key": key, "validation": hashlib.sha256(validation).hexdigest(), "facts": facts}
+    saved = {"key": key, "checksum": _checksum(facts, validation), "facts": facts}
     _replace(folder / "prepared.json", json.dumps(saved, indent=2).encode("utf-8"))
     return Prepared(config=config, tokenizer=tokenizer, shards=shards, validation=list(split.validation), facts=facts)
 
@@ -159,13 +163,11 @@ def _write_shards(config: DataConfig, folder: Path, key: str, tokenizer: Tokeniz
     total, before = sum(split.training_bytes), 0
     shards = []
     for source, text_bytes in enumerate(split.training_bytes):
-        documents = _training(config, split, source)
-        target = _shard_folder(folder, source)
-        done = before
 
-        def report(written: int, done: int = done) -> None:
-            progress("tokenising", done + written, total)
+        def report(written: int, before: int = before) -> None:
+            progress("tokenising", before + written, total)
 
+        documents, target = _training(config, split, source), _shard_folder(folder, source)
         shards.append(write_shard(target, documents, tokenizer, key=key, text_bytes=text_bytes, progress=report))
         before += text_bytes
     return tuple(shards)
@@ -176,7 +178,7 @@ def _facts(config: DataConfig, tokenizer: Tokenizer, split: Split, shards: tuple
     num_tokens = sum(shard.num_tokens for shard in shards)
     text_bytes = sum(shard.manifest["text_bytes"] for shard in shards)
     sources = [
-        {"path": source.path, "weight": source.weight, **asdict(tally), "remarks": tally.remarks(), "training_tokens": shard.num_tokens}
+        {"path": source.path, **asdict(tally), "remarks": tally.remarks(), "training_tokens": shard.num_tokens}
         for source, tally, shard in zip(config.sources, tallies, shards, strict=True)
     ]
     facts: dict[str, Any] = {

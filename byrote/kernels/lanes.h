@@ -120,6 +120,16 @@ INLINE float sum_lanes(lanes v) {
     return (p[0] + p[2]) + (p[1] + p[3]);
 }
 
+INLINE float max_of(lanes v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float high = v[0];
+    for (int i = 1; i < LANES; i++) high = v[i] > high ? v[i] : high;
+    return high;
+#endif
+}
+
 /* The smaller or larger of both; a NaN in v stays. */
 INLINE lanes at_most(lanes v, lanes limit) {
 #if defined(__AVX512F__)
@@ -160,3 +170,17 @@ INLINE lanes exp_lanes(lanes v) {
 }
 
 INLINE lanes sigmoid_lanes(lanes v) { return 1.0f / (1.0f + exp_lanes(-v)); }
+
+/* 2^v to 2e-7 for v <= 127, exactly 1 at 0; below -125 it stays near 2^-125. */
+INLINE lanes power_lanes(lanes v) {
+    v = at_least(v, splat(-125.0f));
+    const lanes shifted = v + 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, which then ends the bits */
+    const lanes r = v - (shifted - 12582912.0f);
+    lanes p = splat(1.326472731307149e-3f);
+    p = p * r + 9.671512991189957e-3f;
+    p = p * r + 5.550733581185341e-2f;
+    p = p * r + 2.4022242426872253e-1f;
+    p = p * r + 6.931470036506653e-1f;
+    p = p * r + 1.0f;
+    return (lanes)((bit_lanes)p + ((bit_lanes)shifted << 23));
+}

@@ -172,7 +172,7 @@ def _open_with(tools: Toolchain, file: str, sources: Sequence[Path], build: bool
     for folder in _cache_folders(build):
         try:
             path = folder / file
-            if build and not path.exists():
+            if build:
                 _build(tools, sources, path)
             if path.exists():
                 return Outcome(ctypes.CDLL(str(path)), tools, path)
@@ -248,11 +248,9 @@ def _processor() -> str:
 
 
 def _cache_folders(build: bool) -> Iterator[Path]:
-    chosen = os.environ.get("BYROTE_CACHE")
-    try:
-        yield Path(chosen) if chosen else Path.home() / ".cache" / "byrote"
-    except RuntimeError:  # no home folder at all
-        pass
+    chosen = os.environ.get("BYROTE_CACHE") or os.path.expanduser("~/.cache/byrote")
+    if not chosen.startswith("~"):  # else there is no home folder at all
+        yield Path(chosen)
     if build:
         yield _private_folder()
 

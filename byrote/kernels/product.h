@@ -19,6 +19,10 @@
 #else
 #define VECS 2
 #endif
+#define PANEL (VECS * LANES)
+
+/* A function of its own: where several loops share one, gcc runs out of registers for the innermost. */
+#define APART static __attribute__((noinline))
 
 typedef uint32_t unit;
 
@@ -29,13 +33,17 @@ typedef struct {
 
 typedef struct {
     const unit *at;
-    long step; /* units from one to the next along the sum */
+    long step, panel; /* units from one to the next along the sum, and from PANEL columns to the next PANEL */
 } right_units;
 
 /* Numbers to a unit. */
 INLINE long unit_width(int bf16) { return bf16 ? 2 : 1; }
 
 INLINE long units_for(long numbers, int bf16) { return bf16 ? (numbers + 1) / 2 : numbers; }
+
+INLINE long min_long(long a, long b) { return a < b ? a : b; }
+
+INLINE long max_long(long a, long b) { return a > b ? a : b; }
 
 INLINE long round_up(long value, long to) { return (value + to - 1) / to * to; }
 
@@ -81,21 +89,17 @@ INLINE void product_tile(left_units a, right_units b, long units, float *c, long
 
 /* The same for any number of columns that is a multiple of LANES. */
 INLINE void product_columns(left_units a, right_units b, long units, long columns, float *c, long c_row, const float *keep, const int bf16) {
-    long n = 0;
-    for (; n + VECS * LANES <= columns; n += VECS * LANES)
-        product_tile(a, (right_units){b.at + n, b.step}, units, c + n, c_row, keep, VECS, bf16);
-    b.at += n;
-    c += n;
-    if (VECS > 3 && columns - n == 3 * LANES) product_tile(a, b, units, c, c_row, keep, 3, bf16);
-    else if (VECS > 2 && columns - n == 2 * LANES) product_tile(a, b, units, c, c_row, keep, 2, bf16);
-    else if (columns - n == LANES) product_tile(a, b, units, c, c_row, keep, 1, bf16);
+    for (; columns >= PANEL; columns -= PANEL, b.at += b.panel, c += PANEL) product_tile(a, b, units, c, c_row, keep, VECS, bf16);
+    if (VECS > 3 && columns == 3 * LANES) product_tile(a, b, units, c, c_row, keep, 3, bf16);
+    else if (VECS > 2 && columns == 2 * LANES) product_tile(a, b, units, c, c_row, keep, 2, bf16);
+    else if (columns == LANES) product_tile(a, b, units, c, c_row, keep, 1, bf16);
 }
 
-static void product_bf16(left_units a, right_units b, long units, long columns, float *c, long c_row, const float *keep) {
+APART void product_bf16(left_units a, right_units b, long units, long columns, float *c, long c_row, const float *keep) {
     product_columns(a, b, units, columns, c, c_row, keep, 1);
 }
 
-static void product_fp32(left_units a, right_units b, long units, long columns, float *c, long c_row, const float *keep) {
+APART void product_fp32(left_units a, right_units b, long units, long columns, float *c, long c_row, const float *keep) {
     product_columns(a, b, units, columns, c, c_row, keep, 0);
 }
 
@@ -117,12 +121,6 @@ INLINE void pack_rows(unit *to, long rows_to, const void *from, long stride, lon
     memset(to + rows * units, 0, (rows_to - rows) * units * sizeof(unit));
 }
 
-/* Numbers [at, at + LANES) of a row, zero beyond `width`, each in its own 32 bits: a bfloat16 in the upper half. */
-INLINE bit_lanes spread(const char *from, long at, long width, const int bf16) {
-    const row whole = {(void *)from, width, bf16, 1}, ragged = {(void *)from, width, bf16, 0};
-    return (bit_lanes)(at + LANES <= width ? load_row(whole, at) : load_row(ragged, at));
-}
-
 /* Units of two rows of bfloat16 that lie in upper halves; the lower ones must be zero. */
 INLINE bit_lanes pair_units(bit_lanes first, bit_lanes second) { return first >> 16 | second; }
 
@@ -130,11 +128,12 @@ INLINE bit_lanes pair_units(bit_lanes first, bit_lanes second) { return first >>
 INLINE void pack_pairs(unit *to, long columns, long rows_to, const void *from, long stride, long rows, long width, const int bf16) {
     const long size = bf16 ? 2 : 4, wide = unit_width(bf16);
     for (long r = 0; r < rows_to; r += wide, to += columns) {
-        const char *first = (const char *)from + r * stride * size, *second = first + stride * size;
+        char *start = (char *)from + r * stride * size;
+        const row first = {start, width, bf16, 0}, second = {start + stride * size, width, bf16, 0};
         for (long at = 0; at < columns; at += LANES) {
             bit_lanes v = {0}, next = {0};
-            if (r < rows && at < width) v = spread(first, at, width, bf16);
-            if (bf16 && r + 1 < rows && at < width) next = spread(second, at, width, bf16);
+            if (r < rows && at < width) v = (bit_lanes)load_row(first, at);
+            if (bf16 && r + 1 < rows && at < width) next = (bit_lanes)load_row(second, at);
             if (bf16) v = pair_units(v, next);
             memcpy(to + at, &v, sizeof v);
         }
@@ -143,7 +142,7 @@ INLINE void pack_pairs(unit *to, long columns, long rows_to, const void *from, l
 
 #if defined(__AVX512F__)
 /* to[u][r] = from[r][u] for LANES rows, `stride` bytes apart, of LANES units. */
-INLINE void transpose_units(unit *to, long columns, const char *from, long stride) {
+INLINE void transpose_units(unit *to, long step, const char *from, long stride) {
     __m512i a[16], b[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * stride);
@@ -164,31 +163,32 @@ INLINE void transpose_units(unit *to, long columns, const char *from, long strid
     for (int i = 0; i < 16; i++) {
         const int low = i % 8;
         const __m512i v = i / 8 ? _mm512_shuffle_i32x4(b[low], b[low + 8], 0xdd) : _mm512_shuffle_i32x4(b[low], b[low + 8], 0x88);
-        _mm512_storeu_si512(to + (low % 4 + i / 8 * 8 + low / 4 * 4) * columns, v);
+        _mm512_storeu_si512(to + (low % 4 + i / 8 * 8 + low / 4 * 4) * step, v);
     }
 }
 #else
-INLINE void transpose_units(unit *to, long columns, const char *from, long stride) {
+INLINE void transpose_units(unit *to, long step, const char *from, long stride) {
     for (long u = 0; u < LANES; u++)
-        for (long r = 0; r < LANES; r++) memcpy(to + u * columns + r, from + r * stride + u * sizeof(unit), sizeof(unit));
+        for (long r = 0; r < LANES; r++) memcpy(to + u * step + r, from + r * stride + u * sizeof(unit), sizeof(unit));
 }
 #endif
 
-/* to[units_for(width)][columns]: summed along the rows, row r becomes column r. */
+/* to[columns / PANEL][units_for(width)][PANEL]: summed along the rows, row r becomes column r. */
 INLINE void pack_across(unit *to, long columns, const void *from, long stride, long rows, long width, const int bf16) {
     const long size = bf16 ? 2 : 4, units = units_for(width, bf16), whole = width / unit_width(bf16);
     for (long r = 0; r < columns; r += LANES)
         for (long u = 0; u < units; u += LANES) {
             const char *corner = (const char *)from + r * stride * size + u * sizeof(unit);
+            unit *block = to + (r / PANEL * units + u) * PANEL + r % PANEL;
             if (r + LANES <= rows && u + LANES <= whole) {
-                transpose_units(to + u * columns + r, columns, corner, stride * size);
+                transpose_units(block, PANEL, corner, stride * size);
                 continue;
             }
-            for (long i = u; i < u + LANES && i < units; i++)
-                for (long c = r; c < r + LANES; c++) {
+            for (long i = 0; i < min_long(LANES, units - u); i++)
+                for (long c = 0; c < LANES; c++) {
                     unit v = 0;
-                    if (c < rows) memcpy(&v, corner + (c - r) * stride * size + (i - u) * sizeof v, i < whole ? sizeof v : 2);
-                    to[i * columns + c] = v;
+                    if (r + c < rows) memcpy(&v, corner + c * stride * size + i * sizeof v, u + i < whole ? sizeof v : 2);
+                    block[i * PANEL + c] = v;
                 }
         }
 }

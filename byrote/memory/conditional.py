@@ -34,21 +34,19 @@ class Rows(NamedTuple):
 class HasHistory(Protocol):
     """What a decode state tells memory: the tokens just before the chunk."""
 
-    def ngram_history(self) -> NgramHistory | None: ...
+    def ngram_history(self, *, numbered: bool) -> NgramHistory: ...
 
 
 class Memory:
     """Canonical map, hash and store of all memory layers of one model. Not a module: `.to()` and `state_dict()` pass it by."""
 
-    def __init__(
-        self, hash_: NgramHash, store: DeviceTable, *, vocab_size: int, needs_canonical: bool = False, pad_token: int = 0
-    ) -> None:
+    def __init__(self, hash_: NgramHash, store: DeviceTable, *, vocab_size: int, needs_canonical: bool = False, pad_token: int = 0) -> None:
         if sum(hash_.num_rows) != store.num_rows:
             raise ConfigError(f"the hash addresses {sum(hash_.num_rows)} rows, the table holds {store.num_rows}")
         self.hash, self.store = hash_, store
         self.canonical_V: Tensor | None = None
         self._vocab_size, self._needs_canonical, self._pad_token = vocab_size, needs_canonical, pad_token
-        self._layer_start_L = torch.tensor((0, *hash_.num_rows[:-1])).cumsum(0)
+        self._layer_start_L = torch.tensor((0, *hash_.num_rows[:-1]), device="cpu").cumsum(0)
         self.to(store.device)
 
     def to(self, device: torch.device | str) -> "Memory":
@@ -93,7 +91,7 @@ class Memory:
 
     def fetch(self, tokens_BT: Tensor, document_BT: Tensor | None = None, state: HasHistory | None = None) -> Rows:
         """Read what these tokens need. `state` supplies the tokens before them when a text comes in chunks."""
-        history = None if state is None else state.ngram_history()
+        history = None if state is None else state.ngram_history(numbered=document_BT is not None)
         wanted_BTLN = self.global_rows(tokens_BT, document_BT, history)
         rows_U, inverse = torch.unique(wanted_BTLN, return_inverse=True)
         vectors_UE = self.store.read(rows_U)

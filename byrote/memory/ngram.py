@@ -116,8 +116,8 @@ class NgramHash:
         self.layers = tuple(layers)
         self.primes = table_primes(rows_per_order, max_order, num_heads, self.layers)
         self.multipliers = tuple(hash_multipliers(canonical_vocab, max_order, layer, seed) for layer in self.layers)
-        self._multipliers_LM = torch.tensor(self.multipliers, dtype=torch.int64)
-        self._primes_LNH = torch.tensor(self.primes, dtype=torch.int64).view(len(self.layers), max_order - 1, num_heads)
+        self._multipliers_LM = torch.tensor(self.multipliers, dtype=torch.int64, device="cpu")
+        self._primes_LNH = torch.tensor(self.primes, dtype=torch.int64, device="cpu").view(len(self.layers), max_order - 1, num_heads)
         exclusive = [np.cumsum((0, *primes[:-1])) for primes in self.primes]
         self._offsets_LN = torch.from_numpy(np.stack(exclusive).astype(np.int64))
 
@@ -126,7 +126,7 @@ class NgramHash:
         """Rows of each layer's table."""
         return tuple(sum(primes) for primes in self.primes)
 
-    def to(self, device: torch.device) -> "NgramHash":
+    def to(self, device: torch.device | str) -> "NgramHash":
         """Move the constants; returns self."""
         self._multipliers_LM = self._multipliers_LM.to(device)
         self._primes_LNH = self._primes_LNH.to(device)
@@ -166,7 +166,9 @@ class NgramHash:
             return NgramHistory(ids_BT.new_full(wanted, self.pad), None)
         history = history if isinstance(history, NgramHistory) else NgramHistory(history, None)
         if history.ids_BN.shape != wanted:
-            raise ConfigError(f"the history has shape {tuple(history.ids_BN.shape)}; {wanted} is needed: the last {wanted[1]} ids of each row")
+            raise ConfigError(
+                f"the history has shape {tuple(history.ids_BN.shape)}; {wanted} is needed: the last {wanted[1]} ids of each row"
+            )
         return history
 
     def _suffixes(self, ids_BT: Tensor, document_BT: Tensor | None, history: NgramHistory) -> Tensor:

@@ -88,7 +88,7 @@ class DeviceTable:
         step = max(1, _FILL_CHUNK // self.dim)
         for start in range(0, self.num_rows, step):
             part = self.vectors_NE[start : start + step]
-            part.copy_(torch.randn(part.shape, generator=generator).mul_(std))
+            part.copy_(torch.randn(part.shape, generator=generator, device="cpu").mul_(std))
 
     @property
     def device(self) -> torch.device:

@@ -1,7 +1,7 @@
 """Batch: all that a block needs to know about the tokens besides their hidden states, so that a pipeline stage can be handed it whole.
 
 Documents: a number per token, −1 is padding, None means that every row is one document. Attention, positions, n-grams and the
-Engram convolution stop where the number changes.
+Engram convolution stop where the number changes. In a `Batch` they are numbered by their runs (`documents.py`).
 
 Shapes: B batch, T tokens of this call, S keys (T plus what the state held before).
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 from byrote.errors import ConfigError
 from byrote.kernels.cross_entropy import IGNORE
 from byrote.memory.conditional import Rows
+from byrote.model.documents import document_positions
 from byrote.model.rope import Rotation
 from byrote.model.state import DecodeState
 
@@ -41,15 +42,6 @@ class Batch(NamedTuple):
             mask_B1TS=None if self.mask_B1TS is None else self.mask_B1TS[part],
             rows=None,
         )
-
-
-def document_positions(document_BT: Tensor) -> Tensor:
-    """int64 [B, T]: tokens since the document began. Worked example: documents −1 −1 4 4 4 7 → positions 0 1 0 1 2 0."""
-    batch, length = document_BT.shape
-    index = torch.arange(length, device=document_BT.device).expand(batch, length)
-    starts = torch.ones_like(document_BT, dtype=torch.bool)
-    starts[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
-    return index - torch.where(starts, index, 0).cummax(dim=1).values
 
 
 def positions(tokens_BT: Tensor, document_BT: Tensor | None, state: DecodeState | None) -> Tensor:

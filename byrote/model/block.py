@@ -3,9 +3,9 @@
 from torch import Tensor, nn
 
 from byrote.model.batch import Batch
-from byrote.model.config import ModelConfig
+from byrote.model.config import MLAConfig, ModelConfig
 from byrote.model.engram import Engram
-from byrote.model.hyper_connection import make_site
+from byrote.model.hyper_connection import Site, make_site
 from byrote.model.mla import MLA
 from byrote.model.moe import FeedForward, MoE
 from byrote.model.norm import RMSNorm
@@ -24,10 +24,11 @@ class Block(nn.Module):
         self.engram = None
         if config.engram is not None and slot is not None:
             self.engram = Engram(dim, config.residual.streams, config.engram, eps, slot)
-        self.attn_site = make_site(dim, config.residual, eps)
+        self.attn_site: Site = make_site(dim, config.residual, eps)
         self.attn_norm = RMSNorm(dim, eps)
+        assert isinstance(config.attention, MLAConfig), "Model refuses other kinds of attention"
         self.attn = MLA(dim, config.attention, eps)
-        self.ffn_site = make_site(dim, config.residual, eps)
+        self.ffn_site: Site = make_site(dim, config.residual, eps)
         self.ffn_norm = RMSNorm(dim, eps)
         if config.is_moe(layer):
             assert config.moe is not None

@@ -200,8 +200,6 @@ class MTPConfig:
     depth: int = 1
     loss_weight: float = 0.3  # λ; a schedule in the run may change it over time
 
-    def __post_init__(self) -> None:
-        _require(self.depth >= 1, f"mtp.depth is {self.depth}; it must be at least 1 (mtp = none switches it off)")
     train_fraction: float = 1.0  # share of a batch's sequences that MTP trains on: the head again is half the cost of a tiny model
 
     def __post_init__(self) -> None:

@@ -139,7 +139,7 @@ class MeanReadOut(nn.Module):
         return streams_BTRD.float().mean(2).to(streams_BTRD.dtype)
 
 
-def make_site(dim: int, config: ResidualConfig, norm_eps: float) -> nn.Module:
+def make_site(dim: int, config: ResidualConfig, norm_eps: float) -> Site:
     if config.kind == "plain":
         return PlainSite()
     return (ManifoldSite if config.kind == "mhc" else FreeSite)(dim, config, norm_eps)

@@ -57,7 +57,8 @@ class MLA(nn.Module):
     def _naive(self, q_BTX: Tensor, latent_BTC: Tensor, k_rope_BTK: Tensor, batch: Batch) -> Tensor:
         """[B, T, H, V] without a cache: keys and values of the same tokens, expanded."""
         c = self.config
-        q_BHTK, k_BHTK, v_BHTV = assemble_qkv(q_BTX, self.kv_b(latent_BTC), k_rope_BTK, *batch.turn, heads=c.num_heads, layout=c.rope.layout)
+        kv_BTY = self.kv_b(latent_BTC)
+        q_BHTK, k_BHTK, v_BHTV = assemble_qkv(q_BTX, kv_BTY, k_rope_BTK, *batch.turn, heads=c.num_heads, layout=c.rope.layout)
         return attend(q_BHTK, k_BHTK, v_BHTV, scale=self.scale, mask_B1TS=batch.mask_B1TS, causal=batch.causal).transpose(1, 2)
 
     def _cached(self, cache: Track, q_BTX: Tensor, latent_BTC: Tensor, k_rope_BTK: Tensor, batch: Batch) -> Tensor:
@@ -89,7 +90,8 @@ class MLA(nn.Module):
         up_key_HNC, up_value_HVC = up_HXC.split((c.qk_nope_head_dim, c.v_head_dim), dim=1)
         q_latent_HMC = torch.bmm(q_nope_BTHN.flatten(0, 1).transpose(0, 1), up_key_HNC)
         query_BTHX = torch.cat((q_latent_HMC.transpose(0, 1).unflatten(0, shape), q_rope_BTHK), dim=-1)
-        scores_BQS = torch.bmm(query_BTHX.flatten(1, 2), kept_BSX.transpose(1, 2)).float() * self.scale
+        scores_BQS = torch.bmm(query_BTHX.flatten(1, 2), kept_BSX.transpose(1, 2))
+        scores_BQS = scores_BQS.to(torch.promote_types(scores_BQS.dtype, torch.float32)) * self.scale
         weights_BQS = self._absorbed_softmax(scores_BQS, batch)
         out_BQC = torch.bmm(weights_BQS.to(kept_BSX.dtype), kept_BSX[..., : c.kv_lora_rank])
         out_HMC = out_BQC.view(-1, c.num_heads, c.kv_lora_rank).transpose(0, 1)
@@ -102,5 +104,5 @@ class MLA(nn.Module):
             mask_B1TS = torch.ones(length, length, dtype=torch.bool, device=scores_BQS.device).tril()[None, None]
         if mask_B1TS is None:
             return torch.softmax(scores_BQS, dim=-1)
-        scores_BTHS = scores_BQS.unflatten(1, (length, -1)).masked_fill(~mask_B1TS.transpose(1, 2), float("-inf"))
+        scores_BTHS = scores_BQS.unflatten(1, (length, self.config.num_heads)).masked_fill(~mask_B1TS.transpose(1, 2), float("-inf"))
         return torch.softmax(scores_BTHS, dim=-1).nan_to_num(0.0).flatten(1, 2)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from byrote.errors import CapacityError, RequestError
 from byrote.memory.ngram import NgramHistory
+from byrote.model.documents import document_runs, mask_padding
 
 _FIRST_CAPACITY = 256
 
@@ -86,7 +87,8 @@ class DecodeState:
         self.batch, self.max_rollback, self.max_tokens, self.device = batch, max_rollback, max_tokens, device
         self.latents = [Track(batch, (dim,), dtype, device) for dim in latent_dims]
         self.tails = {slot: Tail(batch, shape[1:], shape[0], max_rollback, dtype, device) for slot, shape in tail_shapes.items()}
-        self.documents: Track | None = None  # made when a document number is first given; until then every row is one document
+        self.documents: Track | None = None  # made when a document number is first given; until then every row is document 0
+        self.runs: Track | None = None  # beside it: `documents.document_runs`
         self.positions = Track(batch, (), torch.int64, device)
         self.canonical = Track(batch, (), torch.int64, device)
         self._ngram_reach, self._pad = ngram_reach, pad
@@ -111,27 +113,31 @@ class DecodeState:
                 f"{self.length} tokens so far and {tokens} more pass this state's limit of {self.max_tokens}; start a new state or shorten the prompt"
             )
 
-    def ngram_history(self) -> NgramHistory:
-        """The last canonical ids and their documents, oldest first."""
+    def ngram_history(self, *, numbered: bool) -> NgramHistory:
+        """The last canonical ids, oldest first; with their documents where the next tokens are `numbered` or earlier ones were."""
         reach, have = self._ngram_reach, min(self._ngram_reach, self.length)
         ids_BN = torch.full((self.batch, reach), self._pad, dtype=torch.int64, device=self.device)
         ids_BN[:, reach - have :] = self.canonical.all()[:, self.length - have :]
-        if self.documents is None:
+        if self.documents is None and not numbered:
             return NgramHistory(ids_BN, None)
         document_BN = torch.full_like(ids_BN, -1)
-        document_BN[:, reach - have :] = self.documents.all()[:, self.length - have :]
+        document_BN[:, reach - have :] = 0 if self.documents is None else self.documents.all()[:, self.length - have :]
         return NgramHistory(ids_BN, document_BN)
 
     def fill_documents(self, document_BT: Tensor | None, tokens: int) -> Tensor | None:
-        """Append the chunk's documents; returns those of all tokens [B, S], or None while every row is one document."""
+        """Append the chunk's documents; returns the runs of all tokens [B, S], or None while every row is one document."""
         if document_BT is None and self.documents is None:
             return None
-        if self.documents is None:
-            self.documents = Track(self.batch, (), torch.int64, self.device)
-            self.documents.append(torch.zeros(self.batch, self.length, dtype=torch.int64, device=self.device))
+        if self.documents is None or self.runs is None:
+            zeros_BS = torch.zeros(self.batch, self.length, dtype=torch.int64, device=self.device)
+            self.documents, self.runs = (Track(self.batch, (), torch.int64, self.device) for _ in range(2))
+            self.documents.append(zeros_BS)
+            self.runs.append(zeros_BS)
+        last = (self.documents.all()[:, -1:], self.runs.all()[:, -1:]) if self.length else (None, None)
         if document_BT is None:
             document_BT = self.documents.all()[:, -1:].expand(self.batch, tokens)
-        return self.documents.append(document_BT.to(torch.int64))
+        runs_BS = self.runs.append(document_runs(document_BT, *last))
+        return mask_padding(runs_BS, self.documents.append(document_BT.to(torch.int64)))
 
     def rollback(self, tokens: int) -> None:
         """Forget the last `tokens` tokens (at most `max_rollback` of the longest text there was, since the tails keep no more)."""
@@ -160,12 +166,13 @@ class DecodeState:
     def select(self, rows_B: Tensor) -> None:
         """Keep these rows of the batch, in this order; a row may appear more than once."""
         self.batch = rows_B.shape[0]
-        for part in (*self._tracks(), *self.tails.values()):
+        parts: list[Track | Tail] = [*self._tracks(), *self.tails.values()]
+        for part in parts:
             part.select(rows_B)
 
     def _tracks(self) -> list[Track]:
-        tracks = [*self.latents, self.positions, self.canonical]
-        return tracks if self.documents is None else [*tracks, self.documents]
+        numbered = [track for track in (self.documents, self.runs) if track is not None]
+        return [*self.latents, self.positions, self.canonical, *numbered]
 
     def _cut(self, length: int) -> None:
         for track in self._tracks():

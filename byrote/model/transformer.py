@@ -25,6 +25,7 @@ from byrote.model import roles
 from byrote.model.batch import Batch, attention_mask, check_tokens, positions
 from byrote.model.block import Block, Notes
 from byrote.model.config import EngramConfig, MLAConfig, ModelConfig
+from byrote.model.documents import document_runs, mask_padding
 from byrote.model.hyper_connection import make_read_out
 from byrote.model.init import initialise
 from byrote.model.linear import Linear
@@ -52,7 +53,7 @@ class Model(nn.Module):
         super().__init__()
         if not isinstance(config.attention, MLAConfig):
             raise ConfigError("this model can be planned (`byrote plan`) but not built yet: only MLA attention is trainable")
-        self.config = config
+        self.config, self._attention = config, config.attention
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.read_out = make_read_out(config.dim, config.residual, config.norm_eps)
@@ -107,17 +108,22 @@ class Model(nn.Module):
             position_BT = positions(tokens_BT, document_BT, state)
         if rows is None and self.memory is not None:
             rows = self.memory.fetch(tokens_BT, document_BT, state)
-        keys_BS = document_BT if state is None else state.fill_documents(document_BT, tokens_BT.shape[1])
-        if keys_BS is not None and document_BT is None:
-            document_BT = keys_BS[:, -tokens_BT.shape[1] :]
-        keys = tokens_BT.shape[1] + (0 if state is None else state.length)
+        keys_BS, keys = self._documents(document_BT, tokens_BT.shape[1], state)
+        document_BT = None if keys_BS is None else keys_BS[:, keys - tokens_BT.shape[1] :]
         if state is not None:
             state.positions.append(position_BT)
             state.canonical.append(tokens_BT if self.memory is None else self.memory.canonical(tokens_BT))
         mask_B1TS, causal = attention_mask(document_BT, keys_BS, tokens_BT.shape[1], keys, tokens_BT.device)
         self._frequencies_K = self._frequencies_K.to(tokens_BT.device)
-        turn = rotation(position_BT, self._frequencies_K, amplitude(self.config.attention.rope.yarn))
+        turn = rotation(position_BT, self._frequencies_K, amplitude(self._attention.rope.yarn))
         return Batch(tokens_BT, document_BT, keys_BS, position_BT, turn, mask_B1TS, causal, rows, state)
+
+    @staticmethod
+    def _documents(document_BT: Tensor | None, tokens: int, state: DecodeState | None) -> tuple[Tensor | None, int]:
+        """Runs of all tokens so far, and how many tokens that is."""
+        if state is not None:
+            return state.fill_documents(document_BT, tokens), tokens + state.length
+        return None if document_BT is None else mask_padding(document_runs(document_BT), document_BT), tokens
 
     def _check_rows(self, rows: Rows, tokens_BT: Tensor) -> None:
         if self.memory is None:
@@ -210,7 +216,7 @@ class Model(nn.Module):
             tails = {slot: (reach, c.residual.streams, c.dim) for slot in range(len(engram.layers))}
         return DecodeState(
             batch=batch,
-            latent_dims=(c.attention.kv_lora_rank + c.attention.qk_rope_head_dim,) * c.num_layers,
+            latent_dims=(self._attention.kv_lora_rank + self._attention.qk_rope_head_dim,) * c.num_layers,
             tail_shapes=tails,
             ngram_reach=0 if engram is None else engram.max_order - 1,
             pad=0 if self.memory is None else self.memory.hash.pad,
@@ -258,9 +264,7 @@ def build_memory(config: EngramConfig, vocab_size: int, seed: int, state_dim: in
     table = DeviceTable(
         sum(hash_.num_rows), config.head_dim, state_dim=state_dim, dtype=getattr(torch, config.table_dtype), std=config.table_std, seed=seed
     )
-    return Memory(
-        hash_, table, vocab_size=vocab_size, needs_canonical=config.canonical_vocab is not None, pad_token=config.pad_token
-    )
+    return Memory(hash_, table, vocab_size=vocab_size, needs_canonical=config.canonical_vocab is not None, pad_token=config.pad_token)
 
 
 def _loads(notes: dict[str, Notes], batch: Batch) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ def tiny_cpu() -> RunConfig:
     return RunConfig(
         name="tiny_cpu",
         model=load_preset("tiny"),
-        data=DataConfig(sources=(SourceConfig(path="python-stdlib"),), vocab_size=4096, sequence_length=256, batch_sequences=8),
-        optim=OptimConfig(lr=6e-3, adam_lr=3e-3),
-        train=TrainConfig(seconds=225.0),
+        data=DataConfig(sources=(SourceConfig(path="python-stdlib"),), vocab_size=4096, sequence_length=512, batch_sequences=4),
+        optim=OptimConfig(lr=3e-3, adam_lr=6e-3, table_lr_scale=10.0, decay_fraction=0.4),
+        train=TrainConfig(seconds=225.0, eval_context=512, eval_stride=256),
     )

@@ -6,7 +6,7 @@ nor the command line.
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from byrote.train.session import Run
@@ -20,7 +20,7 @@ def log_metrics(done: int, run: "Run") -> None:
     if done not in (1, run.total_steps) and (every == 0 or done % every):
         return
     result = run.last
-    row = {"kind": "train", "step": done, "tokens": run.loader.tokens_seen, "seconds": round(run.seconds, 3)}
+    row: dict[str, Any] = {"kind": "train", "step": done, "tokens": run.loader.tokens_seen, "seconds": round(run.seconds, 3)}
     row |= {name: value.item() for name, value in result.losses.items()}
     row |= {"loss": row.pop("next_token"), "grad_norm": result.grad_norm.item(), "lr": result.lr_scale, "rows_touched": result.rows_touched}
     row["bits_per_byte"] = row["loss"] / math.log(2) / run.bytes_per_token

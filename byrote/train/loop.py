@@ -25,9 +25,12 @@ from byrote.train.run import RunConfig
 
 
 class MicroBatch(Protocol):
-    tokens_BT: Tensor
-    targets_BT: Tensor
-    document_BT: Tensor | None
+    @property
+    def tokens_BT(self) -> Tensor: ...
+    @property
+    def targets_BT(self) -> Tensor: ...
+    @property
+    def document_BT(self) -> Tensor | None: ...
 
 
 class StepResult(NamedTuple):
@@ -106,9 +109,7 @@ class Trainer:
 
     def _bad_names(self, outputs: Sequence[Output], row_grad: RowGradient | None) -> Iterator[str]:
         """In the order of cause and effect: what was there before, then losses, then gradients."""
-        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
-            if not torch.isfinite(tensor).all():
-                yield f"{'the parameter' if isinstance(tensor, torch.nn.Parameter) else 'the buffer'} {name}"
+        yield from (f"the parameter {name}" for name, param in self.model.named_parameters() if not torch.isfinite(param).all())
         for rows in (out.rows for out in outputs if out.rows is not None):
             yield from (f"the memory row {row}" for row in rows.rows_U[~rows.vectors_UE.isfinite().all(1)].tolist())
         for out in outputs:

@@ -19,7 +19,7 @@ class Metrics:
     def __init__(self, run: Path, *, tensorboard: bool) -> None:
         self._lines = JsonLines(run / FILE)
         self._board_folder = run / BOARD
-        self._make_writer = _summary_writer() if tensorboard else None
+        self._make_writer: Any = _summary_writer() if tensorboard else None
         self._writer: Any = None
 
     def write(self, row: dict[str, Any]) -> None:

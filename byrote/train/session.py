@@ -117,7 +117,7 @@ class Run:
         """(median seconds a step, seconds spent), on steps that are thrown away."""
         self.total_steps = 1
         self.start_fresh()
-        begin, times = time.monotonic(), []
+        begin, times = time.monotonic(), list[float]()
         while len(times) < _WARM_STEPS + 3 or time.monotonic() - begin < max(_MEASURE_AT_LEAST_S, _MEASURE_SHARE * budget_s):
             start = time.monotonic()
             self._one_step(0)
@@ -178,7 +178,12 @@ class Run:
             step=self.done,
             optimizer=optimizer.tensors,
             optimizer_meta=optimizer.meta,
-            loop={"seconds": self.seconds, "total_steps": self.total_steps, "loader": self.loader.state_dict(), "run": to_dict(self.config)},
+            loop={
+                "seconds": self.seconds,
+                "total_steps": self.total_steps,
+                "loader": self.loader.state_dict(),
+                "run": to_dict(self.config),
+            },
         )
         save(self.model, step_folder(self.out, self.done), tokenizer=self.tokenizer, training=training)
 

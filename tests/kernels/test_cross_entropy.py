@@ -3,11 +3,14 @@
 import pytest
 import torch
 
+from byrote.kernels import cross_entropy
 from byrote.kernels.cross_entropy import IGNORE, cpu, linear_cross_entropy, reference
 from tests.tolerances import assert_close_bf16, assert_close_fp32
 
 
-def inputs(tokens: int, dim: int, vocab: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(
+    tokens: int, dim: int, vocab: int, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, dim, generator=generator).to(dtype)
     weight = torch.randn(vocab, dim, generator=generator).to(dtype)
@@ -97,3 +100,11 @@ def test_a_logit_that_is_not_finite_shows_in_the_loss(backend):
     with torch.no_grad():
         hidden[1, 0] = float("nan")
         assert not torch.isfinite(linear_cross_entropy(hidden, weight, targets)[0])
+
+
+def test_evaluation_does_no_gradient_work(backend, monkeypatch):
+    hidden, weight, targets = inputs(9, 8, 11)
+    want = linear_cross_entropy(hidden, weight, targets)[1].detach()
+    monkeypatch.setattr(cross_entropy, "_forward_backward", None)
+    with torch.no_grad():
+        assert_close_fp32(linear_cross_entropy(hidden, weight, targets)[1], want)

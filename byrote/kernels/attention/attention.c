@@ -5,7 +5,7 @@
 
    Forward, for ROWS queries against a tile of keys: scores, their running maximum, their powers, and the products with the
    values, all before the next ROWS. Backward: the powers again, from the log-sum-exp the forward left; then
-       d_scores = power * (d_out . values - <out, d_out>)
+       slope = power * (<d_out, values> - <d_out, out>)
    which is wanted in two orders, with pairs of keys in a unit for d_q, and with pairs of queries for d_k. */
 
 #include "attention/attention.h"
@@ -13,7 +13,7 @@
 #include <stdlib.h>
 
 typedef struct {
-    long Ku, Vu, Kp, Vp; /* widths in units, and rounded up to lanes */
+    long Ku, Vu, Kp, Vp;  /* widths in units, and rounded up to lanes */
     float *scores, *pull; /* [ROWS][KEYS] */
     float ones[ROWS];
     unit *k_across, *v_across, *k_pairs, *v_pairs;
@@ -22,81 +22,92 @@ typedef struct {
     float *o, *top, *total; /* [QUERIES][Vp], [QUERIES], [QUERIES][LANES] */
     /* backward */
     unit *q_rows, *q_pairs, *g_rows, *g_pairs; /* g: d_out */
-    unit *p_pairs, *d_pairs, *d_rows;          /* [QUERIES / pair][KEYS], the same, [QUERIES][KEYS / pair] */
-    float *delta, *lse, *d_q, *d_k, *d_v;
+    unit *p_pairs, *d_pairs, *d_rows;          /* powers and slopes: [QUERIES / pair][KEYS] twice, [QUERIES][KEYS / pair] */
+    float *delta, *d_q, *d_k, *d_v;            /* delta: <d_out, out> */
 } work;
 
-/* Sums, times `scale`, become row `t` of `to`; `rest`, unless NULL, receives what rounding takes. */
-INLINE void write_lanes(const heads *to, const heads *rest, long t, long at, long width, lanes v, const int bf16, const int whole) {
-    const lanes kept = store_row((row){row_of(to, t, bf16), width, bf16, whole}, at, v);
-    if (rest && rest->start) store_row((row){row_of(rest, t, bf16), width, bf16, whole}, at, v - kept);
-}
+/* Packed operands, from a column that begins a panel, or from a unit on. */
+INLINE right_units across(const unit *at, long units, long column) { return (right_units){at + column * units, PANEL, units * PANEL}; }
 
-INLINE void write_row(const heads *to, const heads *rest, long t, long width, const float *from, float scale, const int bf16) {
-    for (long at = 0; at < width; at += LANES)
-        if (at + LANES <= width) write_lanes(to, rest, t, at, width, load(from + at) * scale, bf16, 1);
-        else write_lanes(to, rest, t, at, width, load(from + at) * scale, bf16, 0);
-}
+INLINE right_units pairs(const unit *at, long columns, long u) { return (right_units){at + u * columns, columns, PANEL}; }
 
 /* ---- forward ---- */
 
-/* The tile's scores of query t become powers of two above its new maximum; the return value scales what was summed before. */
-INLINE float soften(const tile *x, float *s, long t, long columns, float scale, float *top, float *total, char *powers, const int bf16,
-                    const int edge) {
-    const uint8_t *mask = edge && x->mask ? x->mask + t * x->mask_row : NULL;
-    const long keys = seen(x, t);
-    lanes high = splat(*top), sum = {0};
-    for (long at = 0; at < columns; at += LANES) {
-        lanes v = load(s + at) * scale;
-        if (edge) v = select_lanes(visible(mask, at, keys), v, splat(-INFINITY));
-        store(s + at, v);
-        high = larger(high, v);
-    }
-    const float now = max_of(high), keep = power_lanes(splat(*top - now))[0];
-    for (long at = 0; at < columns; at += LANES) {
-        lanes e = power_lanes(load(s + at) - now);
-        if (edge) e = select_lanes(visible(mask, at, keys), e, splat(0));
-        sum += e;
-        if (bf16) {
-            short_lanes h = narrow(e);
-            memcpy(powers + at * 2, &h, sizeof h);
-        } else store((float *)powers + at, e);
-    }
-    store(total, load(total) * keep + sum);
-    *top = now;
-    return keep;
+/* Scaled scores of query t; those it does not see are far below all others. */
+INLINE lanes scores_at(const problem *p, const work *w, long t, long key, long at, float scale, const int edge) {
+    const lanes v = load(w->scores + t % ROWS * KEYS + at) * scale;
+    return edge ? select_lanes(visible(p, t, key + at), v, splat(-INFINITY)) : v;
 }
 
-INLINE void forward_tile(const problem *p, work *w, const tile *x, const int bf16) {
+INLINE lanes powers_at(const problem *p, const work *w, long t, long key, long at, float scale, float top, const int edge) {
+    const lanes e = power_lanes(load(w->scores + t % ROWS * KEYS + at) * scale - top);
+    return edge ? select_lanes(visible(p, t, key + at), e, splat(0)) : e;
+}
+
+INLINE float peak(const problem *p, const work *w, long t, long key, range r, range plain, float scale) {
+    lanes high = splat(w->top[t % QUERIES]);
+    for (long at = r.first; at < r.end; at += LANES)
+        if (at >= plain.first && at < plain.end) high = at_least(scores_at(p, w, t, key, at, scale, 0), high);
+        else high = at_least(scores_at(p, w, t, key, at, scale, 1), high);
+    return max_of(high);
+}
+
+/* The scores become powers of two above the maximum; the return value is their sum. */
+INLINE lanes soften(const problem *p, const work *w, long t, long key, range r, range plain, float scale, const int bf16) {
+    const row to = {w->powers + t % ROWS * units_for(KEYS, bf16), KEYS, bf16, 1};
+    const float top = w->top[t % QUERIES];
+    lanes sum = {0};
+    for (long at = r.first; at < r.end; at += LANES) {
+        lanes e;
+        if (at >= plain.first && at < plain.end) e = powers_at(p, w, t, key, at, scale, top, 0);
+        else e = powers_at(p, w, t, key, at, scale, top, 1);
+        store_row(to, at, e);
+        sum += e;
+    }
+    return sum;
+}
+
+/* Both for ROWS queries, so that the processor may work on one while it waits for another; `keep` scales what was summed before. */
+INLINE void soften_rows(const problem *p, work *w, long t, long key, range r, float *keep, const int bf16) {
     const float scale = (float)(p->scale * M_LOG2E);
-    for (long t = 0; t < x->queries; t += ROWS) {
-        const long last = min_long(t + ROWS, x->queries) - 1, keys = seen(x, last), columns = round_up(keys, LANES);
-        if (!keys) continue;
-        const left_units q = {w->q_block + t * w->Ku, w->Ku, 1}, powers = {w->powers, units_for(KEYS, bf16), 1};
-        product(q, (right_units){w->k_across + x->key * w->Ku, KEYS}, w->Ku, columns, w->scores, KEYS, NULL, bf16);
+    range plain[ROWS];
+    for (long i = 0; i < ROWS; i++) {
+        float *top = w->top + t % QUERIES + i;
+        plain[i] = plain_range(p, t + i, 0, key);
+        const float high = peak(p, w, t + i, key, r, plain[i], scale);
+        keep[i] = power_lanes(splat(*top - high))[0];
+        *top = high;
+    }
+    for (long i = 0; i < ROWS; i++) {
+        float *total = w->total + (t % QUERIES + i) * LANES;
+        const lanes sum = soften(p, w, t + i, key, r, plain[i], scale, bf16);
+        store(total, load(total) * keep[i] + sum);
+    }
+}
+
+/* A block of queries against a tile of keys. */
+INLINE void forward_tile(const problem *p, work *w, long query, long key, const int bf16) {
+    
+    for (long t = query; t < min_long(query + QUERIES, p->T); t += ROWS) {
+        const range r = range_of(p, t, ROWS, key);
+        if (r.first >= r.end) continue;
+        const left_units q = {w->q_block + (t - query) * w->Ku, w->Ku, 1};
+        product(q, across(w->k_across, w->Ku, key + r.first), w->Ku, r.end - r.first, w->scores + r.first, KEYS, NULL, bf16);
         float keep[ROWS];
-        for (long r = 0; r < ROWS; r++) {
-            float *s = w->scores + r * KEYS, *top = w->top + t + r, *total = w->total + (t + r) * LANES;
-            char *to = (char *)(w->powers + r * powers.row);
-            const int whole = !x->mask && seen(x, t + r) == columns;
-            if (whole) keep[r] = soften(x, s, t + r, columns, scale, top, total, to, bf16, 0);
-            else keep[r] = soften(x, s, t + r, columns, scale, top, total, to, bf16, 1);
-        }
-        const right_units values = {w->v_pairs + units_for(x->key, bf16) * w->Vp, w->Vp};
-        product(powers, values, units_for(columns, bf16), w->Vp, w->o + t * w->Vp, w->Vp, keep, bf16);
+        soften_rows(p, w, t, key, r, keep, bf16);
+        const long skip = units_for(r.first, bf16), units = units_for(r.end, bf16) - skip, from = units_for(key, bf16) + skip;
+        const left_units powers = {w->powers + skip, units_for(KEYS, bf16), 1};
+        product(powers, pairs(w->v_pairs, w->Vp, from), units, w->Vp, w->o + (t - query) * w->Vp, w->Vp, keep, bf16);
     }
 }
 
 INLINE void forward_block(const problem *p, work *w, long query, const int bf16) {
-    const long queries = min_long(QUERIES, p->T - query), keys = p->causal ? min_long(p->S, query + queries) : p->S;
+    const long queries = min_long(QUERIES, p->T - query);
     pack_rows(w->q_block, QUERIES, row_of(&p->q, query, bf16), p->q.row, queries, p->K, bf16);
     memset(w->o, 0, sizeof(float) * QUERIES * w->Vp);
     memset(w->total, 0, sizeof(float) * QUERIES * LANES);
     for (long t = 0; t < QUERIES; t++) w->top[t] = -3.4e38f;
-    for (long key = 0; key < keys; key += KEYS) {
-        const tile x = tile_at(p, query, key);
-        if (!x.hidden) forward_tile(p, w, &x, bf16);
-    }
+    for (long key = 0; key < p->S; key += KEYS) forward_tile(p, w, query, key, bf16);
     for (long t = 0; t < queries; t++) {
         const float total = sum_lanes(load(w->total + t * LANES)), inverse = total == 0 ? 0 : 1 / total;
         write_row(&p->out, &p->rest, query + t, p->V, w->o + t * w->Vp, inverse, bf16);
@@ -105,34 +116,29 @@ INLINE void forward_block(const problem *p, work *w, long query, const int bf16)
 }
 
 INLINE void forward_item(const problem *p, work *w, long part, long split, const int bf16) {
-    const long keys = p->causal ? min_long(p->S, p->T) : p->S;
-    for (long key = 0; key < keys; key += KEYS)
-        pack_across(w->k_across + key * w->Ku, KEYS, row_of(&p->k, key, bf16), p->k.row, min_long(KEYS, keys - key), p->K, bf16);
-    pack_pairs(w->v_pairs, w->Vp, round_up(keys, KEYS), row_of(&p->v, 0, bf16), p->v.row, keys, p->V, bf16);
+    pack_across(w->k_across, round_up(p->S, KEYS), row_of(&p->k, 0, bf16), p->k.row, p->S, p->K, bf16);
+    pack_pairs(w->v_pairs, w->Vp, round_up(p->S, KEYS), row_of(&p->v, 0, bf16), p->v.row, p->S, p->V, bf16);
     for (long query = part * QUERIES; query < p->T; query += split * QUERIES) forward_block(p, w, query, bf16);
 }
 
 /* ---- backward ---- */
 
-/* <out, d_out> of each query, and what the forward left. */
-INLINE void prepare_rows(const problem *p, work *w, const int bf16) {
+INLINE void prepare_queries(const problem *p, work *w, const int bf16) {
     const long padded = round_up(p->T, QUERIES);
-    for (long t = 0; t < p->T; t++) {
-        lanes sum = {0};
-        for (long at = 0; at < p->V; at += LANES) {
-            const lanes out = (lanes)spread(row_of(&p->out, t, bf16), at, p->V, bf16);
-            const lanes rest = bf16 ? (lanes)spread(row_of(&p->rest, t, bf16), at, p->V, bf16) : splat(0);
-            sum += (out + rest) * (lanes)spread(row_of(&p->d_out, t, bf16), at, p->V, bf16);
-        }
-        w->delta[t] = sum_lanes(sum);
-        w->lse[t] = p->lse[t];
-    }
     const char *q = row_of(&p->q, 0, bf16), *g = row_of(&p->d_out, 0, bf16);
     pack_rows(w->q_rows, padded, q, p->q.row, p->T, p->K, bf16);
     pack_pairs(w->q_pairs, w->Kp, padded, q, p->q.row, p->T, p->K, bf16);
     pack_rows(w->g_rows, padded, g, p->d_out.row, p->T, p->V, bf16);
     pack_pairs(w->g_pairs, w->Vp, padded, g, p->d_out.row, p->T, p->V, bf16);
     memset(w->d_q, 0, sizeof(float) * padded * w->Kp);
+    for (long t = 0; t < p->T; t++) {
+        const row out = {row_of(&p->out, t, bf16), p->V, bf16, 0}, above = {row_of(&p->d_out, t, bf16), p->V, bf16, 0};
+        const row rest = {row_of(&p->rest, t, bf16), p->V, bf16, 0};
+        lanes sum = {0};
+        for (long at = 0; at < p->V; at += LANES)
+            sum += (bf16 ? load_row(out, at) + load_row(rest, at) : load_row(out, at)) * load_row(above, at);
+        w->delta[t] = sum_lanes(sum);
+    }
 }
 
 INLINE void prepare_keys(const problem *p, work *w, long key, const int bf16) {
@@ -145,92 +151,96 @@ INLINE void prepare_keys(const problem *p, work *w, long key, const int bf16) {
     memset(w->d_v, 0, sizeof(float) * KEYS * w->Vp);
 }
 
-/* One vector of query t: its powers, and the cotangent of its scaled scores. */
-INLINE void slope(const work *w, const tile *x, long t, long at, float scale, lanes *power, lanes *d, const int edge) {
-    const long r = t % ROWS * KEYS + at;
-    const float delta = w->delta[x->query + t], lse = w->lse[x->query + t];
-    *power = power_lanes(load(w->scores + r) * scale - lse);
-    *d = *power * (load(w->pull + r) - delta);
+/* One vector of query t: its powers and slopes. */
+INLINE void slope(const problem *p, const work *w, long t, long key, long at, lanes *power, lanes *d, const int edge) {
+    const long i = t % ROWS * KEYS + at;
+    if (edge && t >= p->T) return;
+    *power = power_lanes(load(w->scores + i) * (float)(p->scale * M_LOG2E) - p->lse[t]);
+    *d = *power * (load(w->pull + i) - w->delta[t]);
     if (!edge) return;
-    const signed_lanes yes = visible(x->mask ? x->mask + t * x->mask_row : NULL, at, seen(x, t));
+    const signed_lanes yes = visible(p, t, key + at);
     *power = select_lanes(yes, *power, splat(0));
     *d = select_lanes(yes, *d, splat(0));
 }
 
 /* Two queries, so that their bfloat16 can share units; a float is a unit of its own. */
-INLINE void slope_pair(const work *w, const tile *x, long t, long at, float scale, const int bf16, const int edge) {
+INLINE void slope_pair(const problem *p, const work *w, long t, long key, long at, const int bf16, const int edge) {
+    const long t0 = t % QUERIES;
     lanes power[2] = {0}, d[2] = {0};
-    for (int i = 0; i < 2; i++)
-        if (t + i < x->queries) slope(w, x, t + i, at, scale, power + i, d + i, edge);
+    for (int i = 0; i < 2; i++) slope(p, w, t + i, key, at, power + i, d + i, edge);
     if (!bf16) {
-        for (int i = 0; i < 2; i++) store((float *)w->p_pairs + (t + i) * KEYS + at, power[i]);
-        for (int i = 0; i < 2; i++) store((float *)w->d_pairs + (t + i) * KEYS + at, d[i]);
+        for (int i = 0; i < 2; i++) store((float *)w->p_pairs + (t0 + i) * STEP + at, power[i]);
+        for (int i = 0; i < 2; i++) store((float *)w->d_pairs + (t0 + i) * STEP + at, d[i]);
         return;
     }
     const short_lanes p0 = narrow(power[0]), p1 = narrow(power[1]), d0 = narrow(d[0]), d1 = narrow(d[1]);
     const bit_lanes both_p = pair_units((bit_lanes)widen(p0), (bit_lanes)widen(p1));
     const bit_lanes both_d = pair_units((bit_lanes)widen(d0), (bit_lanes)widen(d1));
-    memcpy(w->p_pairs + t / 2 * KEYS + at, &both_p, sizeof both_p);
-    memcpy(w->d_pairs + t / 2 * KEYS + at, &both_d, sizeof both_d);
-    memcpy((uint16_t *)w->d_rows + t * KEYS + at, &d0, sizeof d0);
-    memcpy((uint16_t *)w->d_rows + (t + 1) * KEYS + at, &d1, sizeof d1);
+    memcpy(w->p_pairs + t0 / 2 * STEP + at, &both_p, sizeof both_p);
+    memcpy(w->d_pairs + t0 / 2 * STEP + at, &both_d, sizeof both_d);
+    memcpy((uint16_t *)w->d_rows + t0 * STEP + at, &d0, sizeof d0);
+    memcpy((uint16_t *)w->d_rows + (t0 + 1) * STEP + at, &d1, sizeof d1);
 }
 
-/* Powers and cotangents of the tile's scores, ROWS queries at a time; zero where nothing is seen. */
-INLINE void slopes(const problem *p, work *w, const tile *x, const int bf16) {
-    const float scale = (float)(p->scale * M_LOG2E);
-    for (long t = 0; t < QUERIES; t += ROWS) {
-        const long last = min_long(t + ROWS, x->queries) - 1, keys = last < t ? 0 : seen(x, last), columns = round_up(keys, LANES);
-        const left_units q = {w->q_rows + (x->query + t) * w->Ku, w->Ku, 1}, g = {w->g_rows + (x->query + t) * w->Vu, w->Vu, 1};
-        product(q, (right_units){w->k_across, KEYS}, w->Ku, columns, w->scores, KEYS, NULL, bf16);
-        product(g, (right_units){w->v_across, KEYS}, w->Vu, columns, w->pull, KEYS, NULL, bf16);
-        for (long pair = t; pair < t + ROWS; pair += 2) {
-            const int whole = !x->mask && seen(x, pair) == columns && seen(x, pair + 1) == columns;
-            for (long at = 0; whole && at < columns; at += LANES) slope_pair(w, x, pair, at, scale, bf16, 0);
-            for (long at = 0; !whole && at < columns; at += LANES) slope_pair(w, x, pair, at, scale, bf16, 1);
-            const long rest = (KEYS - columns) * sizeof(float);
-            for (long u = units_for(pair, bf16); u < units_for(pair + 2, bf16); u++) {
-                memset(w->p_pairs + u * KEYS + columns, 0, rest);
-                memset(w->d_pairs + u * KEYS + columns, 0, rest);
+/* Powers and slopes of ROWS queries from t; pairs that are not seen become zero, so that d_k and d_v may run over them. */
+APART void slopes(const problem *p, work *w, long t, long key, range r, const int bf16) {
+    const left_units q = {w->q_rows + t * w->Ku, w->Ku, 1}, g = {w->g_rows + t * w->Vu, w->Vu, 1};
+    const long wide = r.end - r.first;
+    if (wide > 0) {
+        product(q, across(w->k_across, w->Ku, r.first), w->Ku, wide, w->scores + r.first, KEYS, NULL, bf16);
+        product(g, across(w->v_across, w->Vu, r.first), w->Vu, wide, w->pull + r.first, KEYS, NULL, bf16);
+    }
+    for (long pair = t; pair < t + ROWS; pair += 2) {
+        const range plain = plain_range(p, pair, 1, key);
+        for (long at = r.first; at < r.end; at += LANES)
+            if (at >= plain.first && at < plain.end) slope_pair(p, w, pair, key, at, bf16, 0);
+            else slope_pair(p, w, pair, key, at, bf16, 1);
+        for (long u = units_for(pair % QUERIES, bf16), end = u + units_for(2, bf16); u < end; u++)
+            for (long at = 0; at < KEYS; at += LANES) {
+                if (at >= r.first && at < r.end) continue;
+                store((float *)w->p_pairs + u * STEP + at, splat(0));
+                store((float *)w->d_pairs + u * STEP + at, splat(0));
             }
-            for (long i = pair; bf16 && i < pair + 2; i++) memset((uint16_t *)w->d_rows + i * KEYS + columns, 0, rest / 2);
-        }
     }
 }
 
-INLINE void backward_tile(const problem *p, work *w, const tile *x, const int bf16) {
-    const long wide = unit_width(bf16), first_unit = units_for(x->query, bf16);
-    slopes(p, w, x, bf16);
-    for (long s = 0; s < x->keys; s += ROWS) {
-        const long skip = x->causal ? max_long(0, x->key + s - x->query) / wide : 0, units = QUERIES / wide - skip;
-        const left_units powers = {w->p_pairs + skip * KEYS + s, 1, KEYS}, d = {w->d_pairs + skip * KEYS + s, 1, KEYS};
-        const right_units g = {w->g_pairs + (first_unit + skip) * w->Vp, w->Vp}, q = {w->q_pairs + (first_unit + skip) * w->Kp, w->Kp};
-        if (units <= 0) continue;
-        product(powers, g, units, w->Vp, w->d_v + s * w->Vp, w->Vp, w->ones, bf16);
-        product(d, q, units, w->Kp, w->d_k + s * w->Kp, w->Kp, w->ones, bf16);
-    }
-    for (long t = 0; t < x->queries; t += ROWS) {
-        const long keys = seen(x, min_long(t + ROWS, x->queries) - 1);
-        const left_units d = bf16 ? (left_units){w->d_rows + t * KEYS / 2, KEYS / 2, 1} : (left_units){w->d_pairs + t * KEYS, KEYS, 1};
-        float *d_q = w->d_q + (x->query + t) * w->Kp;
-        product(d, (right_units){w->k_pairs, w->Kp}, units_for(keys, bf16), w->Kp, d_q, w->Kp, w->ones, bf16);
-    }
+/* d_v and d_k of ROWS keys from s: the sums over the queries [t, end) of the block. */
+INLINE void pull_keys(work *w, long query, long s, long t, long end, const int bf16) {
+    const long skip = units_for(t, bf16), units = units_for(end, bf16) - skip, from = units_for(query, bf16) + skip;
+    const left_units powers = {w->p_pairs + skip * STEP + s, 1, STEP}, d = {w->d_pairs + skip * STEP + s, 1, STEP};
+    product(powers, pairs(w->g_pairs, w->Vp, from), units, w->Vp, w->d_v + s * w->Vp, w->Vp, w->ones, bf16);
+    product(d, pairs(w->q_pairs, w->Kp, from), units, w->Kp, w->d_k + s * w->Kp, w->Kp, w->ones, bf16);
 }
 
-INLINE void write_rows(const heads *to, long first, long rows, long width, const float *from, long stride, float scale,
-                       const int bf16) {
-    for (long r = 0; r < rows; r++) write_row(to, NULL, first + r, width, from + r * stride, scale, bf16);
+INLINE void backward_tile(const problem *p, work *w, long query, long key, const int bf16) {
+    range rows[QUERIES / ROWS];
+    for (long i = 0; i < QUERIES / ROWS; i++) {
+        rows[i] = range_of(p, query + i * ROWS, ROWS, key);
+        slopes(p, w, query + i * ROWS, key, rows[i], bf16);
+    }
+    for (long s = 0; s < KEYS; s += LANES) { /* from the first to the last queries that see any of these keys */
+        long first = 0, end = QUERIES / ROWS;
+        while (first < end && (s < rows[first].first || s >= rows[first].end)) first++;
+        while (first < end && (s < rows[end - 1].first || s >= rows[end - 1].end)) end--;
+        for (long i = s; first < end && i < s + LANES; i += ROWS) pull_keys(w, query, i, first * ROWS, end * ROWS, bf16);
+    }
+    for (long i = 0; i < QUERIES / ROWS; i++) {
+        const long row = bf16 ? STEP / 2 : STEP, skip = units_for(rows[i].first, bf16), units = units_for(rows[i].end, bf16) - skip;
+        const left_units d = {(bf16 ? w->d_rows : w->d_pairs) + i * ROWS * row + skip, row, 1};
+        float *d_q = w->d_q + (query + i * ROWS) * w->Kp;
+        if (units > 0) product(d, pairs(w->k_pairs, w->Kp, skip), units, w->Kp, d_q, w->Kp, w->ones, bf16);
+    }
 }
 
 INLINE void backward_item(const problem *p, work *w, long part, long split, const int bf16) {
-    prepare_rows(p, w, bf16);
+    prepare_queries(p, w, bf16);
     for (long key = part * KEYS; key < p->S; key += split * KEYS) {
-        prepare_keys(p, w, key, bf16);
-        for (long query = p->causal ? key / QUERIES * QUERIES : 0; query < p->T; query += QUERIES) {
-            const tile x = tile_at(p, query, key);
-            if (!x.hidden) backward_tile(p, w, &x, bf16);
-        }
         const long keys = min_long(KEYS, p->S - key);
+        prepare_keys(p, w, key, bf16);
+        for (long query = 0; query < p->T; query += QUERIES) {
+            const range seen = range_of(p, query, QUERIES, key);
+            if (seen.first < seen.end) backward_tile(p, w, query, key, bf16);
+        }
         write_rows(&p->d_k, key, keys, p->K, w->d_k, w->Kp, (float)p->scale, bf16);
         write_rows(&p->d_v, key, keys, p->V, w->d_v, w->Vp, 1, bf16);
     }
@@ -262,11 +272,10 @@ static size_t place(work *w, const problem *p, int backward, char *block) {
         {&w->g_rows, b * T * w->Vu},
         {&w->q_pairs, b * units_for(T, p->bf16) * w->Kp},
         {&w->g_pairs, b * units_for(T, p->bf16) * w->Vp},
-        {&w->p_pairs, b * QUERIES * KEYS},
-        {&w->d_pairs, b * QUERIES * KEYS},
-        {&w->d_rows, b * QUERIES * KEYS / 2},
+        {&w->p_pairs, b * units_for(QUERIES, p->bf16) * STEP},
+        {&w->d_pairs, b * units_for(QUERIES, p->bf16) * STEP},
+        {&w->d_rows, b * QUERIES * STEP / 2},
         {&w->delta, b * T},
-        {&w->lse, b * T},
         {&w->d_q, b * T * w->Kp},
         {&w->d_k, b * KEYS * w->Kp},
         {&w->d_v, b * KEYS * w->Vp},
@@ -292,42 +301,45 @@ static void run_item(const problem *p, work *w, long item, long split, int backw
 
 /* d_q of heads that were split: the parts' sums, added in order. */
 static void sum_parts(const problem *p, float *partial, long split, long numbers) {
-    const long Kp = round_up(p->K, LANES);
 #pragma omp parallel for schedule(static) num_threads(p->threads)
     for (long head = 0; head < p->B * p->H; head++) {
         const problem one = only_head(p, head);
         float *sum = partial + head * split * numbers;
         for (long part = 1; part < split; part++)
             for (long i = 0; i < numbers; i += LANES) store(sum + i, load(sum + i) + load(sum + part * numbers + i));
-        write_rows(&one.d_q, 0, p->T, p->K, sum, Kp, (float)p->scale, p->bf16);
+        write_rows(&one.d_q, 0, p->T, p->K, sum, round_up(p->K, LANES), (float)p->scale, p->bf16);
     }
 }
 
 /* 0, or 1 when memory ran out. */
-static int run(const problem *p, int backward) {
-    const long count = p->B * p->H, tiles = backward ? (p->S + KEYS - 1) / KEYS : (p->T + QUERIES - 1) / QUERIES;
-    const long split = count ? max_long(1, min_long(tiles, (p->threads + count - 1) / count)) : 1;
-    const long numbers = round_up(p->T, QUERIES) * round_up(p->K, LANES); /* of one d_q */
+static int run(const problem *given, int backward) {
+    problem p = *given;
+    const long count = p.B * p.H, tiles = backward ? (p.S + KEYS - 1) / KEYS : (p.T + QUERIES - 1) / QUERIES;
+    const long split = count ? max_long(1, min_long(tiles, (p.threads + count - 1) / count)) : 1;
+    const long numbers = round_up(p.T, QUERIES) * round_up(p.K, LANES); /* of one d_q */
     work shape;
-    const size_t bytes = place(&shape, p, backward, NULL);
-    char *block = aligned_alloc(64, bytes * p->threads);
+    const size_t bytes = place(&shape, &p, backward, NULL);
+    char *block = aligned_alloc(64, bytes * p.threads);
     float *partial = backward && split > 1 ? aligned_alloc(64, sizeof(float) * count * split * numbers) : NULL;
-    const int failed = !block || (backward && split > 1 && !partial);
+    p.spans = malloc(sizeof(span) * (p.B * p.T + 1));
+    const int failed = !block || !p.spans || (backward && split > 1 && !partial);
     long next = 0;
-#pragma omp parallel for schedule(static) num_threads(p->threads)
-    for (long thread = 0; thread < p->threads; thread++) {
+    if (!failed) find_spans(&p);
+#pragma omp parallel for schedule(static) num_threads(p.threads)
+    for (long thread = 0; thread < p.threads; thread++) {
         work w;
         if (failed) continue;
-        place(&w, p, backward, block + thread * bytes);
+        place(&w, &p, backward, block + thread * bytes);
         for (long item = 0;;) {
 #pragma omp atomic capture
             item = next++;
             if (item >= count * split) break;
             if (partial) w.d_q = partial + item * numbers;
-            run_item(p, &w, item, split, backward);
+            run_item(&p, &w, item, split, backward);
         }
     }
-    if (!failed && partial) sum_parts(p, partial, split, numbers);
+    if (!failed && partial) sum_parts(&p, partial, split, numbers);
+    free(p.spans);
     free(partial);
     free(block);
     return failed;

@@ -39,7 +39,7 @@ class _Problem(ctypes.Structure):
     _fields_ = (
         *((name, c_long) for name in ("threads", "bf16", "causal", "B", "H", "T", "S", "K", "V")),
         *((name, _Heads) for name in ("q", "k", "v", "out", "rest", "d_out", "d_q", "d_k", "d_v")),
-        *(("mask", c_void_p), ("mask_batch", c_long), ("mask_row", c_long), ("lse", c_void_p), ("scale", c_double)),
+        *(("mask", c_void_p), ("mask_batch", c_long), ("mask_row", c_long), ("lse", c_void_p), ("scale", c_double), ("spans", c_void_p)),
     )
 
 
@@ -67,16 +67,16 @@ def attend(
 ) -> Tensor:
     """As the package's."""
     q, k, v = (tensor.to(_working_dtype(tensor)) for tensor in (q_BHTK, k_BHSK, v_BHSV))
-    out_BHTV: Tensor = _Attention.apply(q, k, v, mask_B1TS, scale, causal)
+    trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    out_BHTV: Tensor = _Attention.apply(q, k, v, mask_B1TS, scale, causal, trains)
     return out_BHTV
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, trains: bool) -> Tensor:
         q, k, v = (_dense_rows(tensor) for tensor in (q, k, v))
         out = _tokens_first(q, v.shape[-1])
-        trains = any(ctx.needs_input_grad)
         lse = torch.empty(q.shape[:3], dtype=torch.float32) if trains else None
         rest = torch.empty_like(out) if trains and out.dtype == torch.bfloat16 else None
         _call("attention_forward", _problem(q, k, v, mask, scale, causal, lse, out=out, rest=rest))
@@ -91,7 +91,7 @@ class _Attention(torch.autograd.Function):
         d_q, d_k, d_v = (_tokens_first(tensor, tensor.shape[-1]) for tensor in (q, k, v))
         tensors = {"out": out, "rest": rest, "d_out": _dense_rows(grad), "d_q": d_q, "d_k": d_k, "d_v": d_v}
         _call("attention_backward", _problem(q, k, v, mask, ctx.scale, ctx.causal, lse, **tensors))
-        return d_q, d_k, d_v, None, None, None
+        return d_q, d_k, d_v, None, None, None, None
 
 
 def _working_dtype(x: Tensor) -> torch.dtype:

@@ -28,11 +28,11 @@ CHUNK_TOKENS = 1024
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int, trains: bool) -> tuple[Tensor, Tensor]:
         backend = cpu if cpu.can_run(hidden_ND, targets_N) else plain
         factor = 1.0 / (targets_N != IGNORE).sum().clamp_min(1)
         losses_N = torch.empty(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+        if trains:
             ctx.save_for_backward(*_forward_backward(backend, hidden_ND, weight_VD, targets_N, losses_N, factor, chunk))
             ctx.weight_dtype = weight_VD.dtype
         else:
@@ -43,9 +43,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return (grad_hidden * grad_loss).to(grad_hidden.dtype), (grad_weight * grad_loss).to(ctx.weight_dtype), None, None
+        return (grad_hidden * grad_loss).to(grad_hidden.dtype), (grad_weight * grad_loss).to(ctx.weight_dtype), None, None, None
 
 
 def _parts(tokens: int, chunk: int) -> list[slice]:
@@ -68,5 +68,6 @@ def _forward_backward(
 
 def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int = CHUNK_TOKENS) -> tuple[Tensor, Tensor]:
     """(mean loss over scored tokens, float32 losses [N] with 0 where not scored). Only the mean carries a gradient."""
-    mean, losses_N = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, chunk)
+    trains = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)  # ctx.needs_input_grad ignores no_grad
+    mean, losses_N = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, chunk, trains)
     return mean, losses_N

@@ -21,7 +21,7 @@ CALL = (c_int, c_int, c_float, c_void_p)  # threads, bf16, eps, Job
 FUNCTIONS = {"engram_forward": CALL, "engram_backward": CALL}
 MAX_STREAMS, MAX_TAPS = 8, 8
 MAX_RING = 4096  # rows of a block that the backward holds on the stack
-BLOCK = 64  # channels of a block
+BLOCK = 64  # channels of a block, as in engram_gate.c
 Inputs = tuple[Tensor, ...]  # streams, keys, value, gain, taps [W, R, D]
 Options = tuple[int, bool, float]  # dilation, hard, eps
 
@@ -31,8 +31,11 @@ class Job(ctypes.Structure):
 
     _fields_ = [
         *[(name, c_long) for name in ("B", "T", "R", "D", "W", "dilation", "hard")],
-        *[(name, c_void_p) for name in ("streams", "keys", "value", "gain", "taps", "document", "out", "alpha", "kept")],
-        *[(name, c_void_p) for name in ("d_out", "d_alpha", "d_streams", "d_keys", "d_value", "d_gain", "d_taps", "conv_value", "conv_factor")],
+        *[
+            (name, c_void_p)
+            for name in ("streams", "keys", "value", "gain", "taps", "document", "out", "alpha", "kept", "d_out", "d_alpha")
+        ],
+        *[(name, c_void_p) for name in ("d_streams", "d_keys", "d_value", "d_gain", "d_taps", "conv_value", "conv_factor")],
     ]
 
 
@@ -41,11 +44,14 @@ def library() -> ctypes.CDLL | None:
     return native.load("engram_gate", SOURCES, FUNCTIONS)
 
 
-def can_run(streams_BTRD: Tensor, keys_BTRD: Tensor, value_BTD: Tensor, gain_RD: Tensor, conv: Conv | None, document_BS: Tensor | None) -> bool:
+def can_run(
+    streams_BTRD: Tensor, keys_BTRD: Tensor, value_BTD: Tensor, gain_RD: Tensor, conv: Conv | None, document_BS: Tensor | None
+) -> bool:
     """Whether this back end serves such a layer here."""
-    tensors = [streams_BTRD, keys_BTRD, value_BTD, gain_RD, *(conv[:2] if conv else ()), *(() if document_BS is None else (document_BS,))]
+    read = (streams_BTRD, keys_BTRD, value_BTD)
+    tensors = [*read, gain_RD, *(conv[:2] if conv else ()), *(() if document_BS is None else (document_BS,))]
     _, tokens, streams, _ = streams_BTRD.shape
-    fits = all(part.dtype in (torch.float32, torch.bfloat16) for part in (streams_BTRD, keys_BTRD, value_BTD)) and streams <= MAX_STREAMS
+    fits = all(part.dtype in (torch.float32, torch.bfloat16) for part in read) and streams <= MAX_STREAMS
     if conv is not None:
         fits = fits and conv.weight_RDW.shape[2] <= MAX_TAPS and (conv.reach + 1) * streams <= MAX_RING
     if document_BS is not None:
@@ -95,10 +101,11 @@ def _forward(inputs: Inputs, document_BT: Tensor | None, options: Options) -> tu
 
 class _Engram(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, streams: Tensor, keys: Tensor, value: Tensor, gain: Tensor, taps: Tensor, document: Tensor | None, options: Options) -> Any:
-        inputs = _dense((streams, keys, value, gain, taps))
-        out, alpha, kept = _forward(inputs, document, options)
-        ctx.save_for_backward(*inputs, alpha, kept, document)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        *inputs, document, options = arguments
+        dense = _dense(tuple(inputs))
+        out, alpha, kept = _forward(dense, document, options)
+        ctx.save_for_backward(*dense, alpha, kept, document)
         ctx.options = options
         return out, alpha
 
@@ -106,7 +113,7 @@ class _Engram(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_alpha: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, alpha, kept, document = ctx.saved_tensors
-        streams, keys, value, gain, taps = inputs
+        streams, keys, value, _, taps = inputs
         (W, R, D), threads = taps.shape, native.threads_for(streams.numel())
         d_streams, d_keys, d_value = (native.empty(part.shape, part.dtype) for part in (streams, keys, value))
         sums = {"d_gain": (threads, R, D), "d_taps": (threads, W, R, D)}

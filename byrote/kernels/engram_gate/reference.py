@@ -49,7 +49,7 @@ def gate(streams_NRD: Tensor, keys_NRD: Tensor, gain_RD: Tensor, *, eps: float, 
     soft_NR = torch.sigmoid(torch.sign(score_NR) * score_NR.abs().clamp_min(_FLOOR).sqrt())
     if not hard:
         return soft_NR
-    return (score_NR > 0).to(soft_NR.dtype) + soft_NR - soft_NR.detach()
+    return soft_NR + ((score_NR > 0).to(soft_NR.dtype) - soft_NR).detach()  # in this order 0 and 1 come out exact
 
 
 def engram_add(

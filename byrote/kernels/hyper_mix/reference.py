@@ -40,9 +40,11 @@ def hyper_enter(
 
 def hyper_leave(streams_NRD: Tensor, y_ND: Tensor, post_NR: Tensor, comb_NRR: Tensor) -> Tensor:
     """Streams after the site: each receives its share of y and a mixture of the old streams."""
-    work = comb_NRR.dtype
-    mixed_NRD = (comb_NRR[..., None] * streams_NRD.to(work)[:, :, None]).sum(1)
-    return (mixed_NRD + post_NR[..., None] * y_ND.to(work)[:, None]).to(streams_NRD.dtype)
+    work = torch.promote_types(streams_NRD.dtype, torch.float32)
+    with torch.autocast(streams_NRD.device.type, enabled=False):
+        mixed_NRD = comb_NRR.to(work).transpose(1, 2) @ streams_NRD.to(work)
+        written_NRD = post_NR.to(work)[..., None] * y_ND.to(work)[:, None]
+        return (mixed_NRD + written_NRD).to(streams_NRD.dtype)
 
 
 def hyper_step(

@@ -43,27 +43,27 @@ def _gather_sum(out_MD: Tensor, place_M: Tensor, tokens: int) -> Tensor:
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_ND: Tensor, order_M: Tensor, place_M: Tensor, top_k: int) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx, x_ND: Tensor, order_M: Tensor, place_M: Tensor, top_k: int) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(place_M)
         ctx.tokens = x_ND.shape[0]
         return _spread(x_ND, order_M, top_k)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_MD: Tensor):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad_MD: Tensor):  # type: ignore[no-untyped-def]
         (place_M,) = ctx.saved_tensors
         return _gather_sum(grad_MD, place_M, ctx.tokens), None, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, out_MD: Tensor, order_M: Tensor, place_M: Tensor, tokens: int) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx, out_MD: Tensor, order_M: Tensor, place_M: Tensor, tokens: int) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(order_M)
         ctx.top_k = order_M.shape[0] // max(tokens, 1)
         return _gather_sum(out_MD, place_M, tokens)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_ND: Tensor):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad_ND: Tensor):  # type: ignore[no-untyped-def]
         (order_M,) = ctx.saved_tensors
         return _spread(grad_ND, order_M, max(ctx.top_k, 1)), None, None, None

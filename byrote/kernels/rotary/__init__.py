@@ -12,6 +12,8 @@ from torch import Tensor
 
 from byrote.kernels.rotary import cpu, reference
 
+__all__ = ["LAYOUTS", "assemble_qkv", "rotate"]
+
 LAYOUTS = ("interleaved", "half")
 
 
@@ -46,7 +48,9 @@ def _check_layout(layout: str) -> None:
 def _check_angles(cos: Tensor, sin: Tensor, shape_BTK: tuple[int, ...]) -> None:
     wanted = (*shape_BTK[:2], shape_BTK[2] // 2)
     if shape_BTK[2] % 2 or cos.shape != wanted or sin.shape != wanted:
-        raise ValueError(f"cos has shape {tuple(cos.shape)}, sin {tuple(sin.shape)}; [batch, tokens, width] {shape_BTK} needs an even width and {wanted}")
+        raise ValueError(
+            f"cos has shape {tuple(cos.shape)}, sin {tuple(sin.shape)}; what is [B, T, K] = {shape_BTK} needs an even K and {wanted}"
+        )
 
 
 def _check_projections(q: Tensor, kv: Tensor, k_rope: Tensor, heads: int) -> None:

@@ -121,8 +121,9 @@ class _Assemble(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos_BTP, sin_BTP = ctx.saved_tensors
         d_q, d_kv, d_k_rope = (native.empty(shape, grads[0].dtype) for shape in ctx.shapes)
-        above = tuple(grad if grad.stride(3) == 1 else grad.contiguous() for grad in grads)
-        _assemble((d_q.flatten(0, 1), d_kv.flatten(0, 1), d_k_rope.flatten(0, 1)), above, (cos_BTP, -sin_BTP), ctx.layout, back=True)
+        above_q, above_k, above_v = (grad if grad.stride(3) == 1 else grad.contiguous() for grad in grads)
+        flat = (d_q.flatten(0, 1), d_kv.flatten(0, 1), d_k_rope.flatten(0, 1))
+        _assemble(flat, (above_q, above_k, above_v), (cos_BTP, -sin_BTP), ctx.layout, back=True)
         return d_q, d_kv, d_k_rope, None, None, None, None
 
 
