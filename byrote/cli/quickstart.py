@@ -130,8 +130,9 @@ def _bars(bits: dict[str, float]) -> list[Any]:
 def _note(run: "Run") -> str:
     held, train = run.prepared.facts["validation"], run.config.train
     return (
-        f"{held['documents']} files, {held['bytes']:,} bytes, never trained on: {held['rule']}. Each token sees {train.eval_context - train.eval_stride} "
-        f"to {train.eval_context} tokens of its file (all there are before that). xz compresses the same files, one after the other. One run, one seed."
+        f"{held['documents']} files, {held['bytes']:,} bytes, never trained on: {held['rule']}. "
+        f"Each token sees {train.eval_context - train.eval_stride} to {train.eval_context} tokens of its file (all there are before that). "
+        "xz compresses the same files, one after the other. One run, one seed."
     )
 
 

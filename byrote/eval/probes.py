@@ -125,6 +125,8 @@ def mtp_acceptance(model: Model, lines: Sequence[Sequence[int]]) -> list[float]:
 
     That is the acceptance of greedy speculation along the text. Depth k counts where all shallower guesses hold too.
     """
+    if not model.mtp:
+        return []
     kept, seen = [0] * len(model.mtp), [0] * len(model.mtp)
     with _quiet(model):
         for ids in lines:

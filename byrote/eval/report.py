@@ -91,22 +91,28 @@ def _facts(report: Report) -> str:
 def _curve(report: Report) -> str:
     if not report.train:
         return ""
-    series = [Series("training, bits per byte", [(row["step"], row["bits_per_byte"]) for row in report.train])]
+    series = [_bits_series("training", report.train)]
     if report.validation:
-        series.append(Series("validation, bits per byte", [(row["step"], row["bits_per_byte"]) for row in report.validation]))
+        series.append(_bits_series("validation", report.validation))
     chart = svg_lines(series, title="Loss", x_label="optimizer step", y_label="bits per byte")
     return f"<h2>Learning curve</h2>{chart}"
+
+
+def _bits_series(name: str, rows: Sequence[dict[str, Any]]) -> Series:
+    """A number that was not finite is null in metrics.jsonl, and a gap here."""
+    return Series(f"{name}, bits per byte", [(row["step"], row["bits_per_byte"]) for row in rows if row["bits_per_byte"] is not None])
 
 
 def _bits(report: Report) -> str:
     if not report.bits:
         return ""
     most = max(bar.value for bar in report.bits)
-    bars = "".join(
-        f'<div class="bar"><span>{html.escape(bar.label)}</span><i style="width:{100 * bar.value / most:.1f}%"></i><b>{bar.value:.3f}</b></div>'
-        for bar in report.bits
-    )
+    bars = "".join(_bar(bar.label, bar.value / most, f"{bar.value:.3f}") for bar in report.bits)
     return f'<h2>Bits per byte of unseen files (less is better)</h2>{bars}<p class="note">{html.escape(report.bits_note)}</p>'
+
+
+def _bar(label: str, share: float, figure: str) -> str:
+    return f'<div class="bar"><span>{html.escape(label)}</span><i style="width:{100 * share:.1f}%"></i><b>{figure}</b></div>'
 
 
 def _gates(report: Report) -> str:
@@ -138,7 +144,10 @@ def _gain(report: Report) -> str:
         Series("backward (largest column sum)", [(gain.sites, gain.backward) for gain in report.gains]),
     ]
     chart = svg_lines(series, title="Composite gain of the residual mixing", x_label="sites passed", y_label="gain")
-    note = "1 means that no stream is amplified over depth. The paper saw about 3000 for unconstrained HC and at most 1.6 for mHC (27B, 60 sites)."
+    note = (
+        "1 means that no stream is amplified over depth. "
+        "The paper saw about 3000 for unconstrained HC and at most 1.6 for mHC (27B, 60 sites)."
+    )
     return f'<h2>mHC: composite gain over depth</h2>{chart}<p class="note">{note}</p>'
 
 
@@ -162,7 +171,7 @@ def _acceptance(report: Report) -> str:
     if not report.acceptance:
         return ""
     bars = "".join(
-        f'<div class="bar"><span>{depth} token{"s" if depth > 1 else ""} further on</span><i style="width:{100 * share:.1f}%"></i><b>{100 * share:.1f} %</b></div>'
+        _bar(f"{depth} token{'s' if depth > 1 else ''} further on", share, f"{100 * share:.1f} %")
         for depth, share in enumerate(report.acceptance, 1)
     )
     note = "How often the greedy guess of the MTP head is what the model itself says one step later, along validation text."

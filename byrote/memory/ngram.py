@@ -157,7 +157,8 @@ class NgramHash:
         low, high = torch.aminmax(ids_BT)
         if int(low) < 0 or int(high) >= self.canonical_vocab:
             raise ConfigError(
-                f"canonical ids span {int(low)}..{int(high)}, allowed are 0..{self.canonical_vocab - 1}: map tokens through the canonical table first"
+                f"canonical ids span {int(low)}..{int(high)}, allowed are 0..{self.canonical_vocab - 1}: "
+                "map tokens through the canonical table first"
             )
 
     def _history(self, history: Tensor | NgramHistory | None, ids_BT: Tensor) -> NgramHistory:

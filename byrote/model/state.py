@@ -52,7 +52,7 @@ class Track:
 
 
 class Tail:
-    """The last `reach` entries before the present, plus `max_rollback` older ones so that a roll-back finds them; zeros before the start."""
+    """The last `reach` entries before the present, plus `max_rollback` older ones for roll-backs; zeros before the start."""
 
     def __init__(self, batch: int, shape: tuple[int, ...], reach: int, max_rollback: int, dtype: torch.dtype, device: torch.device) -> None:
         self.reach = reach
@@ -82,8 +82,19 @@ class Snapshot(NamedTuple):
 class DecodeState:
     """Built by `model.new_state(batch)`. The forward pass appends; the caller rolls back, selects and restores."""
 
-    def __init__(self, *, batch: int, latent_dims: tuple[int, ...], tail_shapes: dict[int, tuple[int, int, int]], ngram_reach: int, pad: int,
-                 dtype: torch.dtype, device: torch.device, max_rollback: int = 16, max_tokens: int | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        *,
+        batch: int,
+        latent_dims: tuple[int, ...],
+        tail_shapes: dict[int, tuple[int, int, int]],
+        ngram_reach: int,
+        pad: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_rollback: int = 16,
+        max_tokens: int | None = None,
+    ) -> None:
         self.batch, self.max_rollback, self.max_tokens, self.device = batch, max_rollback, max_tokens, device
         self.latents = [Track(batch, (dim,), dtype, device) for dim in latent_dims]
         self.tails = {slot: Tail(batch, shape[1:], shape[0], max_rollback, dtype, device) for slot, shape in tail_shapes.items()}
@@ -110,7 +121,8 @@ class DecodeState:
             raise RequestError(f"this state holds {self.batch} texts, the tokens have {batch} rows; make one with new_state(batch={batch})")
         if self.max_tokens is not None and self.length + tokens > self.max_tokens:
             raise CapacityError(
-                f"{self.length} tokens so far and {tokens} more pass this state's limit of {self.max_tokens}; start a new state or shorten the prompt"
+                f"{self.length} tokens so far and {tokens} more pass this state's limit of {self.max_tokens}; "
+                "start a new state or shorten the prompt"
             )
 
     def ngram_history(self, *, numbered: bool) -> NgramHistory:
@@ -144,7 +156,8 @@ class DecodeState:
         floor = self.floor
         if not 0 <= tokens <= self.length - floor:
             raise RequestError(
-                f"cannot roll back {tokens} tokens: {self.length} are held, and with max_rollback {self.max_rollback} at least {floor} must stay"
+                f"cannot roll back {tokens} tokens: {self.length} are held, "
+                f"and with max_rollback {self.max_rollback} at least {floor} must stay"
             )
         self._floor = floor
         self._cut(self.length - tokens)

@@ -213,7 +213,7 @@ class Model(nn.Module):
         tails = {}
         if engram is not None and engram.conv_kernel:
             reach = (engram.conv_kernel - 1) * engram.dilation
-            tails = {slot: (reach, c.residual.streams, c.dim) for slot in range(len(engram.layers))}
+            tails = dict.fromkeys(range(len(engram.layers)), (reach, c.residual.streams, c.dim))
         return DecodeState(
             batch=batch,
             latent_dims=(self._attention.kv_lora_rank + self._attention.qk_rope_head_dim,) * c.num_layers,

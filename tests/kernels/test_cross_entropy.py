@@ -108,3 +108,11 @@ def test_evaluation_does_no_gradient_work(backend, monkeypatch):
     monkeypatch.setattr(cross_entropy, "_forward_backward", None)
     with torch.no_grad():
         assert_close_fp32(linear_cross_entropy(hidden, weight, targets)[1], want)
+
+
+@pytest.mark.parametrize("target", [11, -1])
+def test_a_target_outside_the_vocabulary_is_refused(backend, target):
+    hidden, weight, targets = inputs(5, 8, 11)
+    targets[2] = target
+    with pytest.raises(IndexError, match=r"allowed: 0\.\.10"):
+        linear_cross_entropy(hidden, weight, targets)

@@ -67,7 +67,16 @@ def _forward_backward(
 
 
 def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int = CHUNK_TOKENS) -> tuple[Tensor, Tensor]:
-    """(mean loss over scored tokens, float32 losses [N] with 0 where not scored). Only the mean carries a gradient."""
+    """(mean loss over scored tokens, float32 losses [N] with 0 where not scored). Only the mean carries a gradient.
+
+    IndexError: a target outside the vocabulary that is not IGNORE (looked for on the CPU only: elsewhere it would be a wait).
+    """
+    if targets_N.device.type == "cpu" and targets_N.numel():
+        low, high = torch.aminmax(targets_N.masked_fill(targets_N == IGNORE, 0))
+        if low < 0 or high >= weight_VD.shape[0]:
+            raise IndexError(
+                f"targets span {int(low)}..{int(high)}; allowed: 0..{weight_VD.shape[0] - 1}, and {IGNORE} for what is not scored"
+            )
     trains = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)  # ctx.needs_input_grad ignores no_grad
     mean, losses_N = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, chunk, trains)
     return mean, losses_N

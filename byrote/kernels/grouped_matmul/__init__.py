@@ -10,6 +10,8 @@ fp64; the rest takes the loop.
 Shapes: N sorted tokens, D inputs, F outputs, E experts.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,12 +25,12 @@ _ROW_BYTES = 16
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_ND: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx: Any, x_ND: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
         ctx.save_for_backward(x_ND, weight_EFD, ends_E)
         return torch._grouped_mm(x_ND, weight_EFD.transpose(1, 2), offs=ends_E)
 
     @staticmethod
-    def backward(ctx, grad_NF: Tensor):  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_ND, weight_EFD, ends_E = ctx.saved_tensors
         grad_NF = grad_NF.contiguous()
         grad_x = torch._grouped_mm(grad_NF, weight_EFD, offs=ends_E) if ctx.needs_input_grad[0] else None
@@ -38,13 +40,13 @@ class _Grouped(torch.autograd.Function):
 
 class _Windows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_ND: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx: Any, x_ND: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
         ctx.save_for_backward(x_ND, weight_EFD)
         ctx.ends = ends_E.tolist()
         return windows.product(x_ND, weight_EFD, ctx.ends)
 
     @staticmethod
-    def backward(ctx, grad_NF: Tensor):  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_ND, weight_EFD = ctx.saved_tensors
         grad_NF = grad_NF.contiguous()
         grad_x = windows.product(grad_NF, weight_EFD.transpose(1, 2), ctx.ends) if ctx.needs_input_grad[0] else None
@@ -57,7 +59,9 @@ def grouped_matmul(x_ND: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
     if x_ND.shape[0] == 0:
         return x_ND.new_zeros(0, weight_EFD.shape[1]) + (weight_EFD.sum() + x_ND.sum()) * 0
     if x_ND.device.type == "cpu" and x_ND.dtype == torch.bfloat16:
-        return _Windows.apply(x_ND, weight_EFD, ends_E)
+        windowed_NF: Tensor = _Windows.apply(x_ND, weight_EFD, ends_E)
+        return windowed_NF
     if x_ND.dtype == torch.float64 or any(width * x_ND.element_size() % _ROW_BYTES for width in weight_EFD.shape[1:]):
         return reference(x_ND, weight_EFD, ends_E)
-    return _Grouped.apply(x_ND, weight_EFD, ends_E)
+    grouped_NF: Tensor = _Grouped.apply(x_ND, weight_EFD, ends_E)
+    return grouped_NF
