@@ -124,17 +124,22 @@ INLINE void pack_rows(unit *to, long rows_to, const void *from, long stride, lon
 /* Units of two rows of bfloat16 that lie in upper halves; the lower ones must be zero. */
 INLINE bit_lanes pair_units(bit_lanes first, bit_lanes second) { return first >> 16 | second; }
 
-/* to[units_for(rows_to)][columns]: summed down the rows. */
-INLINE void pack_pairs(unit *to, long columns, long rows_to, const void *from, long stride, long rows, long width, const int bf16) {
-    const long size = bf16 ? 2 : 4, wide = unit_width(bf16);
+/* Numbers of a row in upper halves, rounded to bfloat16 if they are not; zero where the row does not reach. */
+INLINE bit_lanes upper_halves(row r, long at, int there) {
+    if (!there || at >= r.length) return (bit_lanes){0};
+    return (bit_lanes)(r.bf16 ? load_row(r, at) : widen(narrow(load_row(r, at))));
+}
+
+/* to[units_for(rows_to)][columns]: summed down the rows, which hold bfloat16 if `from_bf16`. */
+INLINE void pack_pairs(unit *to, long columns, long rows_to, const void *from, long stride, long rows, long width, const int from_bf16,
+                       const int bf16) {
+    const long bytes = stride * (from_bf16 ? 2 : 4), wide = unit_width(bf16);
     for (long r = 0; r < rows_to; r += wide, to += columns) {
-        char *start = (char *)from + r * stride * size;
-        const row first = {start, width, bf16, 0}, second = {start + stride * size, width, bf16, 0};
+        const row first = {(char *)from + r * bytes, width, from_bf16, 0}, second = {(char *)from + (r + 1) * bytes, width, from_bf16, 0};
         for (long at = 0; at < columns; at += LANES) {
-            bit_lanes v = {0}, next = {0};
-            if (r < rows && at < width) v = (bit_lanes)load_row(first, at);
-            if (bf16 && r + 1 < rows && at < width) next = (bit_lanes)load_row(second, at);
-            if (bf16) v = pair_units(v, next);
+            bit_lanes v = {0};
+            if (bf16) v = pair_units(upper_halves(first, at, r < rows), upper_halves(second, at, r + 1 < rows));
+            else if (r < rows && at < width) v = (bit_lanes)load_row(first, at);
             memcpy(to + at, &v, sizeof v);
         }
     }
@@ -173,22 +178,30 @@ INLINE void transpose_units(unit *to, long step, const char *from, long stride) 
 }
 #endif
 
+/* LANES units of each of LANES rows as they will be: copied, rounded to bfloat16, or filled up with zeros. */
+INLINE void prepare_corner(unit *to, const char *from, long bytes, long rows, long numbers, const int from_bf16, const int bf16) {
+    for (long r = 0; r < LANES; r++, to += LANES) {
+        const row source = {(char *)from + r * bytes, numbers, from_bf16, 0}, even = {to, LANES * unit_width(bf16), bf16, 1};
+        memset(to, 0, LANES * sizeof *to);
+        for (long at = 0; r < rows && at < even.length; at += LANES)
+            if (at < numbers) store_row(even, at, load_row(source, at));
+    }
+}
+
 /* to[columns / PANEL][units_for(width)][PANEL]: summed along the rows, row r becomes column r. */
-INLINE void pack_across(unit *to, long columns, const void *from, long stride, long rows, long width, const int bf16) {
-    const long size = bf16 ? 2 : 4, units = units_for(width, bf16), whole = width / unit_width(bf16);
+INLINE void pack_across(unit *to, long columns, const void *from, long stride, long rows, long width, const int from_bf16, const int bf16) {
+    const long size = from_bf16 ? 2 : 4, units = units_for(width, bf16), wide = unit_width(bf16);
     for (long r = 0; r < columns; r += LANES)
         for (long u = 0; u < units; u += LANES) {
-            const char *corner = (const char *)from + r * stride * size + u * sizeof(unit);
-            unit *block = to + (r / PANEL * units + u) * PANEL + r % PANEL;
-            if (r + LANES <= rows && u + LANES <= whole) {
-                transpose_units(block, PANEL, corner, stride * size);
-                continue;
+            const char *corner = (const char *)from + (r * stride + u * wide) * size;
+            unit *block = to + (r / PANEL * units + u) * PANEL + r % PANEL, ready[LANES * LANES], turned[LANES * LANES];
+            const int whole = from_bf16 == bf16 && r + LANES <= rows && (u + LANES) * wide <= width;
+            if (!whole) prepare_corner(ready, corner, stride * size, rows - r, width - u * wide, from_bf16, bf16);
+            if (whole) transpose_units(block, PANEL, corner, stride * size);
+            else if (u + LANES <= units) transpose_units(block, PANEL, (char *)ready, sizeof(unit) * LANES);
+            else {
+                transpose_units(turned, LANES, (char *)ready, sizeof(unit) * LANES);
+                for (long i = 0; i < units - u; i++) memcpy(block + i * PANEL, turned + i * LANES, sizeof(unit) * LANES);
             }
-            for (long i = 0; i < min_long(LANES, units - u); i++)
-                for (long c = 0; c < LANES; c++) {
-                    unit v = 0;
-                    if (r + c < rows) memcpy(&v, corner + c * stride * size + i * sizeof v, u + i < whole ? sizeof v : 2);
-                    block[i * PANEL + c] = v;
-                }
         }
 }

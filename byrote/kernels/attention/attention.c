@@ -116,8 +116,8 @@ INLINE void forward_block(const problem *p, work *w, long query, const int bf16)
 }
 
 INLINE void forward_item(const problem *p, work *w, long part, long split, const int bf16) {
-    pack_across(w->k_across, round_up(p->S, KEYS), row_of(&p->k, 0, bf16), p->k.row, p->S, p->K, bf16);
-    pack_pairs(w->v_pairs, w->Vp, round_up(p->S, KEYS), row_of(&p->v, 0, bf16), p->v.row, p->S, p->V, bf16);
+    pack_across(w->k_across, round_up(p->S, KEYS), row_of(&p->k, 0, bf16), p->k.row, p->S, p->K, bf16, bf16);
+    pack_pairs(w->v_pairs, w->Vp, round_up(p->S, KEYS), row_of(&p->v, 0, bf16), p->v.row, p->S, p->V, bf16, bf16);
     for (long query = part * QUERIES; query < p->T; query += split * QUERIES) forward_block(p, w, query, bf16);
 }
 
@@ -127,9 +127,9 @@ INLINE void prepare_queries(const problem *p, work *w, const int bf16) {
     const long padded = round_up(p->T, QUERIES);
     const char *q = row_of(&p->q, 0, bf16), *g = row_of(&p->d_out, 0, bf16);
     pack_rows(w->q_rows, padded, q, p->q.row, p->T, p->K, bf16);
-    pack_pairs(w->q_pairs, w->Kp, padded, q, p->q.row, p->T, p->K, bf16);
+    pack_pairs(w->q_pairs, w->Kp, padded, q, p->q.row, p->T, p->K, bf16, bf16);
     pack_rows(w->g_rows, padded, g, p->d_out.row, p->T, p->V, bf16);
-    pack_pairs(w->g_pairs, w->Vp, padded, g, p->d_out.row, p->T, p->V, bf16);
+    pack_pairs(w->g_pairs, w->Vp, padded, g, p->d_out.row, p->T, p->V, bf16, bf16);
     memset(w->d_q, 0, sizeof(float) * padded * w->Kp);
     for (long t = 0; t < p->T; t++) {
         const row out = {row_of(&p->out, t, bf16), p->V, bf16, 0}, above = {row_of(&p->d_out, t, bf16), p->V, bf16, 0};
@@ -144,9 +144,9 @@ INLINE void prepare_queries(const problem *p, work *w, const int bf16) {
 INLINE void prepare_keys(const problem *p, work *w, long key, const int bf16) {
     const long keys = min_long(KEYS, p->S - key);
     const char *k = row_of(&p->k, key, bf16), *v = row_of(&p->v, key, bf16);
-    pack_across(w->k_across, KEYS, k, p->k.row, keys, p->K, bf16);
-    pack_across(w->v_across, KEYS, v, p->v.row, keys, p->V, bf16);
-    pack_pairs(w->k_pairs, w->Kp, KEYS, k, p->k.row, keys, p->K, bf16);
+    pack_across(w->k_across, KEYS, k, p->k.row, keys, p->K, bf16, bf16);
+    pack_across(w->v_across, KEYS, v, p->v.row, keys, p->V, bf16, bf16);
+    pack_pairs(w->k_pairs, w->Kp, KEYS, k, p->k.row, keys, p->K, bf16, bf16);
     memset(w->d_k, 0, sizeof(float) * KEYS * w->Kp);
     memset(w->d_v, 0, sizeof(float) * KEYS * w->Vp);
 }
