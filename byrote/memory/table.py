@@ -99,9 +99,13 @@ class DeviceTable:
 
     def digest(self) -> int:
         """A number that tells tables with other values apart (not cryptographic). Reads the whole table."""
-        bits = self.vectors_NE.view(torch.int16 if self.vectors_NE.element_size() == 2 else torch.int32)
-        sums_N = bits.sum(dim=1, dtype=torch.int64)
-        return int((sums_N * (2 * torch.arange(self.num_rows, device=self.device) + 1)).sum()) + self.num_rows * self.dim
+        bits_NE = self.vectors_NE.view(torch.int16 if self.vectors_NE.element_size() == 2 else torch.int32)
+        total, step = self.num_rows * self.dim, max(1, _FILL_CHUNK // max(self.dim, 1))
+        for start in range(0, self.num_rows, step):  # in parts: a sum in int64 widens what it sums
+            sums_N = bits_NE[start : start + step].sum(dim=1, dtype=torch.int64)
+            odd_N = 2 * torch.arange(start, start + len(sums_N), device=self.device) + 1
+            total += int((sums_N * odd_N).sum())
+        return (total + 2**63) % 2**64 - 2**63
 
     def gather(self, rows_U: Tensor) -> Slab:
         """Copies of the rows; changing them changes nothing until `put`."""
