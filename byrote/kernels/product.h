@@ -180,11 +180,12 @@ INLINE void transpose_units(unit *to, long step, const char *from, long stride) 
 
 /* LANES units of each of LANES rows as they will be: copied, rounded to bfloat16, or filled up with zeros. */
 INLINE void prepare_corner(unit *to, const char *from, long bytes, long rows, long numbers, const int from_bf16, const int bf16) {
-    for (long r = 0; r < LANES; r++, to += LANES) {
-        const row source = {(char *)from + r * bytes, numbers, from_bf16, 0}, even = {to, LANES * unit_width(bf16), bf16, 1};
-        memset(to, 0, LANES * sizeof *to);
-        for (long at = 0; r < rows && at < even.length; at += LANES)
-            if (at < numbers) store_row(even, at, load_row(source, at));
+    const long wide = LANES * unit_width(bf16);
+    for (long r = 0; r < LANES; r++) {
+        const row source = {(char *)from + r * bytes, numbers, from_bf16, 0}, target = {to + r * LANES, wide, bf16, 1};
+        for (long at = 0; at < wide; at += LANES)
+            if (r < rows && at < numbers) store_row(target, at, load_row(source, at));
+            else store_row(target, at, splat(0));
     }
 }
 
