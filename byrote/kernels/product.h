@@ -88,7 +88,8 @@ INLINE void product_tile(left_units a, right_units b, long units, float *c, long
 }
 
 /* The same for any number of columns that is a multiple of LANES. */
-INLINE void product_columns(left_units a, right_units b, long units, long columns, float *c, long c_row, const float *keep, const int bf16) {
+INLINE void product_columns(left_units a, right_units b, long units, long columns, float *c, long c_row, const float *keep,
+                            const int bf16) {
     for (; columns >= PANEL; columns -= PANEL, b.at += b.panel, c += PANEL) product_tile(a, b, units, c, c_row, keep, VECS, bf16);
     if (VECS > 3 && columns == 3 * LANES) product_tile(a, b, units, c, c_row, keep, 3, bf16);
     else if (VECS > 2 && columns == 2 * LANES) product_tile(a, b, units, c, c_row, keep, 2, bf16);

@@ -87,7 +87,6 @@ INLINE void soften_rows(const problem *p, work *w, long t, long key, range r, fl
 
 /* A block of queries against a tile of keys. */
 INLINE void forward_tile(const problem *p, work *w, long query, long key, const int bf16) {
-    
     for (long t = query; t < min_long(query + QUERIES, p->T); t += ROWS) {
         const range r = range_of(p, t, ROWS, key);
         if (r.first >= r.end) continue;

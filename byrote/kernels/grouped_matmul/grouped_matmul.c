@@ -29,7 +29,9 @@ INLINE long first_row(const problem *p, long e) { return e ? max_long(0, min_lon
 INLINE long end_row(const problem *p, long e) { return max_long(first_row(p, e), min_long(p->ends[e], p->N)); }
 
 /* Into how many jobs each of `count` pieces of work is cut. */
-INLINE long split_of(const problem *p, long count, long most) { return max_long(1, min_long(most, (JOBS * p->threads + count - 1) / count)); }
+INLINE long split_of(const problem *p, long count, long most) {
+    return max_long(1, min_long(most, (JOBS * p->threads + count - 1) / count));
+}
 
 INLINE long panels_for(long columns) { return (columns + PANEL - 1) / PANEL; }
 

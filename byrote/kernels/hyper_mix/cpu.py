@@ -17,7 +17,8 @@ from torch import Tensor
 from byrote.kernels import native
 
 FOLDER = Path(__file__).parent
-SOURCES = (FOLDER / "hyper_mix.c", FOLDER / "tile.h", native.INCLUDE / "sinkhorn" / "sinkhorn.h", native.INCLUDE / "lanes.h")
+HEADERS = ("hyper_mix/tile.h", "hyper_mix/coefficients.h", "sinkhorn/sinkhorn.h", "product.h", "lanes.h")
+SOURCES = (FOLDER / "hyper_mix.c", *(native.INCLUDE / header for header in HEADERS))
 SIZES = (c_int, c_int, c_long, c_long, c_int, c_int, c_int, c_float)  # threads, bf16, N, D, R, M, iters, eps
 FUNCTIONS = {"hyper_forward": (*SIZES, c_float, *[c_void_p] * 13), "hyper_backward": (*SIZES, *[c_void_p] * 21)}
 MAX_STREAMS = 8

@@ -1,16 +1,19 @@
 /* mHC around one site: leave the site before, enter the next one, or both in one pass over the streams.
 
-   Formulas: reference.py beside this file. Tokens go in tiles of TILE; a tile's streams stay in cache as floats from the
-   mixing that made them to the M products with fn and the sum that the site reads, so the streams are read once and written
-   once. The M numbers of a token are handled lane-wise, one lane a token. Each of `threads` parts owns a contiguous run of
-   tiles and its own sums over tokens, added in the order of the parts: results depend on `threads`, never on scheduling.
+   Formulas: reference.py beside this file. Tokens go in tiles; a tile's streams stay in cache as floats from the mixing that
+   made them to their products with fn and the sum that the site reads, so memory is read once and written once. Each of
+   `threads` parts owns a contiguous run of tiles and its own sums over tokens, added in the order of the parts: results depend
+   on `threads`, never on scheduling. */
 
-   Names: N tokens, R streams, D model, P = D rounded up to LANES, K = R * P, M = rows of fn (R * (R + 2), or R to read out).
-   In [m][TILE] arrays the token runs fastest. */
-
-#include "hyper_mix/tile.h"
+#include "hyper_mix/coefficients.h"
 #include <stdlib.h>
 
+#define MAX_R 8
+
+/* What the compiler knows of a call where it matters: number of streams, their dtype, whether D is a multiple of LANES. */
+typedef struct {
+    int R, bf16, whole;
+} form;
 
 typedef struct {
     const void *old, *y; /* y NULL: no site is left, `old` are the streams */
@@ -20,85 +23,6 @@ typedef struct {
     void *x;
     float *post_out, *comb_out, *z, *inverse_rms;
 } forward_data;
-
-/* Copies the streams of `n` tokens from `first` into the tile; w->square receives the sum of their squares. */
-INLINE void load_tile(const work *w, const sizes *s, long first, long n, const int R, const int bf16, const int whole, const void *streams) {
-    for (long t = 0; t < n; t++) {
-        lanes square = {0};
-        for (int j = 0; j < R; j++) {
-            const row from = row_at(streams, (first + t) * R + j, s->D, bf16, whole);
-            for (long d = 0; d < s->D; d += LANES) {
-                lanes h = load_row(from, d);
-                store(w->flat + t * w->S + j * w->P + d, h);
-                square += h * h;
-            }
-        }
-        w->square[t] = sum_lanes(square);
-    }
-}
-
-/* Mixes the old streams and y into the tile, and into memory. */
-INLINE void mix_tile(const work *w, const sizes *s, long first, long n, const int R, const int bf16, const int whole, const forward_data *a) {
-    const long D = s->D, P = w->P;
-    for (long t = 0; t < n; t++) {
-        const long token = first + t;
-        float *f = w->flat + t * w->S;
-        lanes square = {0}, post[MAX_R], comb[MAX_R * MAX_R];
-        for (int k = 0; k < R; k++) post[k] = splat(a->post[token * R + k]);
-        for (int i = 0; i < R * R; i++) comb[i] = splat(a->comb[token * R * R + i]);
-        for (long d = 0; d < D; d += LANES) {
-            lanes h[MAX_R], y = load_row(row_at(a->y, token, D, bf16, whole), d);
-            for (int j = 0; j < R; j++) h[j] = load_row(row_at(a->old, token * R + j, D, bf16, whole), d);
-            for (int k = 0; k < R; k++) {
-                lanes sum = post[k] * y;
-                for (int j = 0; j < R; j++) sum += comb[j * R + k] * h[j];
-                sum = store_row(row_at(a->streams, token * R + k, D, bf16, whole), d, sum);
-                store(f + k * P + d, sum);
-                square += sum * sum;
-            }
-        }
-        w->square[t] = sum_lanes(square);
-    }
-}
-
-/* x = sum_i pre_i h_i for the tokens of the tile. */
-INLINE void collapse(const work *w, const sizes *s, long first, long n, const int R, const int bf16, const int whole, void *x) {
-    for (long t = 0; t < n; t++)
-        for (long d = 0; d < s->D; d += LANES) {
-            lanes sum = {0};
-            for (int i = 0; i < R; i++) sum += w->coef[i * TILE + t] * load(w->flat + t * w->S + i * w->P + d);
-            store_row(row_at(x, first + t, s->D, bf16, whole), d, sum);
-        }
-}
-
-/* [count][TILE] -> rows of `count` numbers a token, or back; tokens beyond n read as zero. */
-static void write_rows(float *to, const float *from, long first, long n, int count) {
-    for (long t = 0; t < n; t++)
-        for (int m = 0; m < count; m++) to[(first + t) * count + m] = from[m * TILE + t];
-}
-
-static void read_rows(float *to, const float *from, long first, long n, int count) {
-    for (int m = 0; m < count; m++)
-        for (long t = 0; t < TILE; t++) to[m * TILE + t] = t < n && from ? from[(first + t) * count + m] : 0;
-}
-
-INLINE void forward_tile(work *w, const sizes *s, const forward_data *a, long first, long n, const int R, const int bf16, const int whole) {
-    const int M = s->M;
-    if (a->y) mix_tile(w, s, first, n, R, bf16, whole, a);
-    else load_tile(w, s, first, n, R, bf16, whole, a->old);
-    if (!a->fn) return;
-    project(w, M, n);
-    for (long t = 0; t < n; t++) {
-        const float inverse_rms = 1.0f / __builtin_sqrtf(w->square[t] / (float)(R * s->D) + s->norm_eps);
-        a->inverse_rms[first + t] = inverse_rms;
-        for (int m = 0; m < M; m++) w->z[m * TILE + t] *= inverse_rms;
-    }
-    write_rows(a->z, w->z, first, n, M);
-    coefficients(w, a->base, a->scale, s, M);
-    if (M > R) write_rows(a->post_out, w->coef + R * TILE, first, n, R);
-    if (M > R) write_rows(a->comb_out, w->coef + 2 * R * TILE, first, n, R * R);
-    collapse(w, s, first, n, R, bf16, whole, a->x);
-}
 
 typedef struct {
     const void *d_streams, *d_x; /* NULL: zero */
@@ -112,90 +36,205 @@ typedef struct {
     float *d_post, *d_comb;
 } backward_data;
 
-/* grad = d_streams + pre d_x, row by row; w->pull[i] receives <d_x, h_i>, the cotangent of pre. */
-INLINE void collapse_back(const work *w, const sizes *s, const backward_data *a, long first, long n, const int R, const int bf16, const int whole) {
-    const long D = s->D;
-    memset(w->pull, 0, sizeof(float) * R * TILE);
-    for (long t = 0; t < n; t++) {
-        lanes dot[MAX_R] = {0};
-        float *grad = w->grad + t * w->S;
-        const float *f = w->flat + t * w->S;
+/* Row t of the tile in [N, D], and stream j of token t in [N, R, D]. */
+INLINE row token_row(const work *w, const void *x, long t, const form as) { return row_at(x, w->first + t, w->s->D, as.bf16, as.whole); }
+
+INLINE row stream_row(const work *w, const void *x, long t, int j, const form as) {
+    return row_at(x, (w->first + t) * as.R + j, w->s->D, as.bf16, as.whole);
+}
+
+/* ---- forward ---- */
+
+/* Copies the streams into the tile, and the sums of their squares into `square` if it is not NULL. */
+INLINE void load_streams(const work *w, const void *streams, float *square, const form as) {
+    for (long t = 0; t < w->n; t++) {
+        lanes sum = {0};
+        for (int j = 0; j < as.R; j++)
+            for (long d = 0; d < w->s->D; d += LANES) {
+                lanes h = load_row(stream_row(w, streams, t, j, as), d);
+                store(w->flat + t * w->S + j * w->P + d, h);
+                sum += h * h;
+            }
+        if (square) square[t] = sum_lanes(sum);
+    }
+}
+
+/* Mixes the old streams and y into the tile, and into memory. */
+INLINE void mix(const work *w, const forward_data *a, const form as) {
+    const long D = w->s->D, P = w->P;
+    for (long t = 0; t < w->n; t++) {
+        const long token = w->first + t;
+        float *f = w->flat + t * w->S;
+        lanes square = {0}, post[MAX_R], comb[MAX_R * MAX_R];
+        for (int k = 0; k < as.R; k++) post[k] = splat(a->post[token * as.R + k]);
+        for (int i = 0; i < as.R * as.R; i++) comb[i] = splat(a->comb[token * as.R * as.R + i]);
         for (long d = 0; d < D; d += LANES) {
-            lanes dx = a->d_x ? load_row(row_at(a->d_x, first + t, D, bf16, whole), d) : splat(0);
-            for (int i = 0; i < R; i++) {
-                lanes above = a->d_streams ? load_row(row_at(a->d_streams, (first + t) * R + i, D, bf16, whole), d) : splat(0);
-                if (a->fn) above += w->coef[i * TILE + t] * dx;
-                if (a->fn) dot[i] += dx * load(f + i * w->P + d);
-                store(grad + i * w->P + d, above);
+            lanes h[MAX_R], y = load_row(token_row(w, a->y, t, as), d);
+            for (int j = 0; j < as.R; j++) h[j] = load_row(stream_row(w, a->old, t, j, as), d);
+            for (int k = 0; k < as.R; k++) {
+                lanes sum = post[k] * y;
+                for (int j = 0; j < as.R; j++) sum += comb[j * as.R + k] * h[j];
+                sum = store_row(stream_row(w, a->streams, t, k, as), d, sum);
+                store(f + k * P + d, sum);
+                square += sum * sum;
             }
         }
-        for (int i = 0; i < R; i++) w->pull[i * TILE + t] = sum_lanes(dot[i]);
+        w->square[t] = sum_lanes(square);
+    }
+}
+
+/* x = sum_i pre_i h_i. */
+INLINE void collapse(const work *w, void *x, const form as) {
+    for (long t = 0; t < w->n; t++)
+        for (long d = 0; d < w->s->D; d += LANES) {
+            lanes sum = {0};
+            for (int i = 0; i < as.R; i++) sum += w->coef[i * TILE + t] * load(w->flat + t * w->S + i * w->P + d);
+            store_row(token_row(w, x, t, as), d, sum);
+        }
+}
+
+/* [count][TILE] -> rows of `count` numbers a token, or back; tokens beyond the tile's read as zero. */
+static void write_rows(const work *w, float *to, const float *from, int count) {
+    for (long t = 0; t < w->n; t++)
+        for (int m = 0; m < count; m++) to[(w->first + t) * count + m] = from[m * TILE + t];
+}
+
+static void read_rows(const work *w, float *to, const float *from, int count) {
+    for (int m = 0; m < count; m++)
+        for (long t = 0; t < TILE; t++) to[m * TILE + t] = t < w->n && from ? from[(w->first + t) * count + m] : 0;
+}
+
+INLINE void forward_tile(const work *w, const forward_data *a, const form as) {
+    const int M = w->s->M;
+    if (a->y) mix(w, a, as);
+    else load_streams(w, a->old, w->square, as);
+    if (!a->fn) return;
+    project(w);
+    for (long t = 0; t < w->n; t++) {
+        const float inverse_rms = 1.0f / __builtin_sqrtf(w->square[t] / (float)(as.R * w->s->D) + w->s->norm_eps);
+        a->inverse_rms[w->first + t] = inverse_rms;
+        for (int m = 0; m < M; m++) w->z[m * TILE + t] *= inverse_rms;
+    }
+    write_rows(w, a->z, w->z, M);
+    coefficients(w, a->base, a->scale, M);
+    if (M > as.R) write_rows(w, a->post_out, w->coef + as.R * TILE, as.R);
+    if (M > as.R) write_rows(w, a->comb_out, w->coef + 2 * as.R * TILE, as.R * as.R);
+    collapse(w, a->x, as);
+}
+
+/* ---- backward ---- */
+
+/* The streams as the right operand of the products: two tokens side by side in a unit, zero beyond the last. */
+INLINE void pair_streams(const work *w, const void *streams, const form as) {
+    for (long t = 0; t < w->n; t += 2)
+        for (int j = 0; j < as.R; j++) {
+            const row one = stream_row(w, streams, t, j, as), two = stream_row(w, streams, t + 1, j, as);
+            unit *to = w->pairs + t / 2 * w->S + j * w->P;
+            for (long d = 0; d < w->s->D; d += LANES) {
+                lanes second = t + 1 < w->n ? load_row(two, d) : splat(0);
+                bit_lanes both = pair_units((bit_lanes)load_row(one, d), (bit_lanes)second);
+                memcpy(to + d, &both, sizeof both);
+            }
+        }
+}
+
+/* pull[i] = <d_x, h_i>, the cotangent of pre. */
+INLINE void collapse_back(const work *w, const backward_data *a, const form as) {
+    memset(w->pull, 0, sizeof(float) * as.R * TILE);
+    for (long t = 0; t < w->n && a->d_x; t++) {
+        lanes dot[MAX_R] = {0};
+        for (long d = 0; d < w->s->D; d += LANES) {
+            lanes x = load_row(token_row(w, a->d_x, t, as), d);
+            for (int i = 0; i < as.R; i++) dot[i] += x * load_row(stream_row(w, a->streams, t, i, as), d);
+        }
+        for (int i = 0; i < as.R; i++) w->pull[i * TILE + t] = sum_lanes(dot[i]);
+    }
+}
+
+/* grad = d_streams + pre d_x + square f: all of it but the products. */
+INLINE void start_grad(const work *w, const backward_data *a, const form as) {
+    const long D = w->s->D;
+    for (long t = 0; t < w->n; t++) {
+        for (int i = 0; i < as.R; i++) {
+            const float pre = w->coef[i * TILE + t], own = w->square[t];
+            float *grad = w->grad + t * w->S + i * w->P;
+            for (long d = 0; d < D; d += LANES) {
+                lanes g = a->d_streams ? load_row(stream_row(w, a->d_streams, t, i, as), d) : splat(0);
+                if (a->d_x) g += pre * load_row(token_row(w, a->d_x, t, as), d);
+                if (a->fn) g += own * load_row(stream_row(w, a->streams, t, i, as), d);
+                store(grad + d, g);
+            }
+        }
     }
 }
 
 /* The tile's cotangent through h'_k = post_k y + sum_j comb[j, k] h_j. */
-INLINE void leave_back(const work *w, const sizes *s, const backward_data *a, long first, long n, const int R, const int bf16, const int whole) {
-    const long D = s->D;
-    for (long t = 0; t < n; t++) {
-        const long token = first + t;
-        const float *post = a->post + token * R, *comb = a->comb + token * R * R, *grad = w->grad + t * w->S;
+INLINE void leave_back(const work *w, const backward_data *a, const form as) {
+    const long D = w->s->D;
+    for (long t = 0; t < w->n; t++) {
+        const long token = w->first + t;
+        const float *post = a->post + token * as.R, *comb = a->comb + token * as.R * as.R, *grad = w->grad + t * w->S;
         lanes d_comb[MAX_R * MAX_R] = {0}, d_post[MAX_R] = {0};
         for (long d = 0; d < D; d += LANES) {
-            lanes g[MAX_R], y = load_row(row_at(a->y, token, D, bf16, whole), d), d_y = {0};
-            for (int k = 0; k < R; k++) {
+            lanes g[MAX_R], y = load_row(token_row(w, a->y, t, as), d), d_y = {0};
+            for (int k = 0; k < as.R; k++) {
                 g[k] = load(grad + k * w->P + d);
                 d_post[k] += y * g[k];
                 d_y += post[k] * g[k];
             }
-            store_row(row_at(a->d_y, token, D, bf16, whole), d, d_y);
-            for (int j = 0; j < R; j++) {
-                lanes h = load_row(row_at(a->old, token * R + j, D, bf16, whole), d), d_h = {0};
-                for (int k = 0; k < R; k++) {
-                    d_comb[j * R + k] += h * g[k];
-                    d_h += comb[j * R + k] * g[k];
+            store_row(token_row(w, a->d_y, t, as), d, d_y);
+            for (int j = 0; j < as.R; j++) {
+                lanes h = load_row(stream_row(w, a->old, t, j, as), d), d_h = {0};
+                for (int k = 0; k < as.R; k++) {
+                    d_comb[j * as.R + k] += h * g[k];
+                    d_h += comb[j * as.R + k] * g[k];
                 }
-                store_row(row_at(a->d_old, token * R + j, D, bf16, whole), d, d_h);
+                store_row(stream_row(w, a->d_old, t, j, as), d, d_h);
             }
         }
-        for (int k = 0; k < R; k++) a->d_post[token * R + k] = sum_lanes(d_post[k]);
-        for (int i = 0; i < R * R; i++) a->d_comb[token * R * R + i] = sum_lanes(d_comb[i]);
+        for (int k = 0; k < as.R; k++) a->d_post[token * as.R + k] = sum_lanes(d_post[k]);
+        for (int i = 0; i < as.R * as.R; i++) a->d_comb[token * as.R * as.R + i] = sum_lanes(d_comb[i]);
     }
 }
 
-INLINE void backward_tile(work *w, const sizes *s, const backward_data *a, long first, long n, const int R, const int bf16, const int whole) {
-    const int M = s->M;
-    float inverse_rms[TILE] = {0};
+INLINE void backward_tile(const work *w, const backward_data *a, const form as) {
+    const int M = w->s->M;
     if (a->fn) {
-        load_tile(w, s, first, n, R, bf16, whole, a->streams);
-        read_rows(w->z, a->z, first, n, M);
-        memcpy(inverse_rms, a->inverse_rms + first, n * sizeof(float));
-        coefficients(w, a->base, a->scale, s, R);
+        float inverse_rms[TILE] = {0};
+        memcpy(inverse_rms, a->inverse_rms + w->first, w->n * sizeof(float));
+        read_rows(w, w->z, a->z, M);
+        coefficients(w, a->base, a->scale, as.R);
+        collapse_back(w, a, as);
+        if (M > as.R) read_rows(w, w->pull + as.R * TILE, a->d_post_out, as.R);
+        if (M > as.R) read_rows(w, w->pull + 2 * as.R * TILE, a->d_comb_out, as.R * as.R);
+        coefficients_back(w, inverse_rms, a->base, a->scale);
+        if (PAIRS && as.bf16) pair_streams(w, a->streams, as);
+        else load_streams(w, a->streams, NULL, as);
     }
-    collapse_back(w, s, a, first, n, R, bf16, whole);
-    if (a->fn) {
-        if (M > R) read_rows(w->pull + R * TILE, a->d_post_out, first, n, R);
-        if (M > R) read_rows(w->pull + 2 * R * TILE, a->d_comb_out, first, n, R * R);
-        coefficients_back(w, inverse_rms, a->base, a->scale, s);
-        project_back(w, M, n);
-    }
+    start_grad(w, a, as);
+    if (a->fn) project_back(w);
     if (a->y) {
-        leave_back(w, s, a, first, n, R, bf16, whole);
+        leave_back(w, a, as);
         return;
     }
-    for (long t = 0; t < n; t++)
-        for (int i = 0; i < R; i++)
-            for (long d = 0; d < s->D; d += LANES)
-                store_row(row_at(a->d_old, (first + t) * R + i, s->D, bf16, whole), d, load(w->grad + t * w->S + i * w->P + d));
+    for (long t = 0; t < w->n; t++)
+        for (int i = 0; i < as.R; i++)
+            for (long d = 0; d < w->s->D; d += LANES) {
+                const lanes g = load(w->grad + t * w->S + i * w->P + d);
+                store_row(stream_row(w, a->d_old, t, i, as), d, g);
+            }
 }
 
 /* ---- work space, parts, entry points ---- */
 
-/* Pointers into one zeroed block for one part; only the size when `block` is NULL. */
+/* Lays a part's arrays into one zeroed block; only the size when `block` is NULL. */
 static size_t place(work *w, const sizes *s, int backward, char *block) {
-    const long P = (s->D + LANES - 1) / LANES * LANES, K = P * s->R, S = (K / LANES | 1) * LANES, tokens = min_long(TILE, (s->N + GROUP - 1) / GROUP * GROUP);
-    const size_t tile = sizeof(float) * TILE, flat = sizeof(float) * tokens * S, rows = tile * s->M;
+    const long P = round_up(s->D, LANES), K = P * s->R, S = (K / LANES | 1) * LANES;
+    const int pairs = PAIRS && backward && s->bf16, M = s->M;
+    const size_t tile = sizeof(float) * TILE, rows = tile * round_up(M, ROWS);
+    const size_t flat = sizeof(float) * S * min_long(TILE, round_up(s->N, GROUP));
     const struct {
-        float **field;
+        void *field;
         size_t bytes;
     } plan[] = {
         {&w->flat, flat},
@@ -204,35 +243,50 @@ static size_t place(work *w, const sizes *s, int backward, char *block) {
         {&w->square, tile},
         {&w->grad, backward * flat},
         {&w->pull, backward * rows},
-        {&w->dfn, backward * sizeof(float) * s->M * S},
+        {&w->pairs, pairs * sizeof(unit) * S * TILE / 2},
+        {&w->pull_down, pairs * rows},
+        {&w->pull_along, pairs * rows},
+        {&w->dfn, backward * sizeof(float) * round_up(M, ROWS) * S},
         {&w->dbase, backward * rows},
         {&w->dscale, backward * tile * 3},
         {&w->path, backward * sizeof(lanes) * sinkhorn_path_lanes(s->R, s->iters)},
     };
     size_t used = 0;
+    w->s = s;
     w->P = P;
     w->K = K;
     w->S = S;
     for (size_t i = 0; i < sizeof plan / sizeof *plan; i++) {
-        if (block) *plan[i].field = (float *)(block + used);
-        used += (plan[i].bytes + 63) / 64 * 64;
+        char *at = block + used;
+        if (block) memcpy(plan[i].field, &at, sizeof at);
+        used += round_up(plan[i].bytes, 64);
     }
     return used;
 }
 
-/* fn with rows of R pieces of P numbers, S apart; NULL: no memory. A few tokens take fn as it is, if that has no ragged ends. */
-static const float *pack_fn(const float *fn, const sizes *s, work *w) {
+/* fn with rows S apart and P numbers a stream, then, where the backward wants them, the same as units; NULL: no memory.
+   A few tokens take fn as it lies, if it has no ragged ends. */
+static float *pack_fn(const float *fn, const sizes *s, int backward, work *w) {
+    const int pairs = PAIRS && backward && s->bf16, M = s->M;
+    const long numbers = M * w->S, units = pairs * units_for(M, 1) * w->S;
+    w->fn = fn;
     w->fn_stride = s->R * s->D;
-    if (w->P == s->D && s->N <= 4 * TILE) return fn;
-    float *packed = aligned_alloc(64, s->M * w->S * sizeof(float));
-    w->fn_stride = w->S;
-    if (packed) memset(packed, 0, s->M * w->S * sizeof(float));
-    for (long piece = 0; packed && piece < s->M * s->R; piece++)
+    w->fn_units = (const unit *)fn;
+    if (w->P == s->D && s->N <= 4 * TILE && !pairs) return (float *)fn;
+    float *packed = aligned_alloc(64, round_up(sizeof(float) * (numbers + units), 64));
+    if (!packed) return NULL;
+    memset(packed, 0, sizeof(float) * numbers);
+    for (long piece = 0; piece < M * s->R; piece++)
         memcpy(packed + piece / s->R * w->S + piece % s->R * w->P, fn + piece * s->D, s->D * sizeof(float));
+    w->fn = packed;
+    w->fn_stride = w->S;
+    w->fn_units = (unit *)packed + (pairs ? numbers : 0);
+    if (pairs) pack_pairs((unit *)packed + numbers, w->S, M, packed, w->S, M, w->S, 0, 1);
     return packed;
 }
 
-static void sum_parts(const work *w, const sizes *s, const backward_data *a) {
+static void sum_parts(const work *w, const backward_data *a) {
+    const sizes *s = w->s;
     const int M = s->M, R = s->R;
 #pragma omp parallel for schedule(static) num_threads(s->threads)
     for (int m = 0; m < M; m++) {
@@ -253,43 +307,44 @@ static void sum_parts(const work *w, const sizes *s, const backward_data *a) {
     }
 }
 
-INLINE void run_part(work *w, const sizes *s, int part, const forward_data *f, const backward_data *b, const int R, const int bf16, const int whole) {
-    const long tiles = (s->N + TILE - 1) / TILE, end = tiles * (part + 1) / s->threads;
-    for (long tile = tiles * part / s->threads; tile < end; tile++) {
-        const long first = tile * TILE, n = min_long(TILE, s->N - first);
-        if (f) forward_tile(w, s, f, first, n, R, bf16, whole);
-        else backward_tile(w, s, b, first, n, R, bf16, whole);
+INLINE void run_part(work *w, int part, const forward_data *f, const backward_data *b, const form as) {
+    const long tiles = (w->s->N + TILE - 1) / TILE, end = tiles * (part + 1) / w->s->threads;
+    for (long tile = tiles * part / w->s->threads; tile < end; tile++) {
+        w->first = tile * TILE;
+        w->n = min_long(TILE, w->s->N - w->first);
+        if (f) forward_tile(w, f, as);
+        else backward_tile(w, b, as);
     }
 }
 
-static void run_any(work *w, const sizes *s, int part, const forward_data *f, const backward_data *b) {
-    const int fast = s->R == 4 && s->D % LANES == 0;
-    if (fast && f && s->bf16) run_part(w, s, part, f, NULL, 4, 1, 1);
-    else if (fast && f) run_part(w, s, part, f, NULL, 4, 0, 1);
-    else if (fast && s->bf16) run_part(w, s, part, NULL, b, 4, 1, 1);
-    else if (fast) run_part(w, s, part, NULL, b, 4, 0, 1);
-    else run_part(w, s, part, f, b, s->R, s->bf16, 0);
+static void run_any(work *w, int part, const forward_data *f, const backward_data *b) {
+    const int bf16 = w->s->bf16, fast = w->s->R == 4 && w->s->D % LANES == 0;
+    if (fast && f && bf16) run_part(w, part, f, NULL, (form){4, 1, 1});
+    else if (fast && f) run_part(w, part, f, NULL, (form){4, 0, 1});
+    else if (fast && bf16) run_part(w, part, NULL, b, (form){4, 1, 1});
+    else if (fast) run_part(w, part, NULL, b, (form){4, 0, 1});
+    else run_part(w, part, f, b, (form){w->s->R, bf16, 0});
 }
 
 /* 0, or 1 when memory ran out. */
 static int run(const sizes *s, const float *fn, const forward_data *f, const backward_data *b) {
+    const int backward = b != NULL;
     work shape, *parts = calloc(s->threads, sizeof(work));
-    const size_t bytes = place(&shape, s, b != NULL, NULL);
+    const size_t bytes = place(&shape, s, backward, NULL);
     char *block = aligned_alloc(64, bytes * s->threads);
-    const float *packed = fn ? pack_fn(fn, s, &shape) : NULL;
+    float *packed = fn ? pack_fn(fn, s, backward, &shape) : NULL;
     const int failed = !parts || !block || (fn && !packed);
     if (!failed) {
 #pragma omp parallel for schedule(static) num_threads(s->threads)
         for (int part = 0; part < s->threads; part++) {
             memset(block + part * bytes, 0, bytes);
-            place(&parts[part], s, b != NULL, block + part * bytes);
-            parts[part].fn = packed;
-            parts[part].fn_stride = shape.fn_stride;
-            run_any(&parts[part], s, part, f, b);
+            parts[part] = shape;
+            place(&parts[part], s, backward, block + part * bytes);
+            run_any(&parts[part], part, f, b);
         }
-        if (b && fn) sum_parts(parts, s, b);
+        if (backward && fn) sum_parts(parts, b);
     }
-    if (packed != fn) free((void *)packed);
+    if (packed != fn) free(packed);
     free(block);
     free(parts);
     return failed;

@@ -26,7 +26,8 @@ INLINE void forward_group(long first, long n, int R, int iters, float eps, const
     scatter(mixes, work, first, n, R * R);
 }
 
-INLINE void backward_group(long first, long n, int R, int iters, float eps, const float *logits, const float *grad, float *out, lanes *path) {
+INLINE void backward_group(long first, long n, int R, int iters, float eps, const float *logits, const float *grad, float *out,
+                           lanes *path) {
     lanes work[R * R], pulled[R * R];
     gather(work, logits, first, n, R * R);
     gather(pulled, grad, first, n, R * R);
