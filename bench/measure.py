@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from byrote.device import machine_facts, matmul_peak
+from byrote.device import keep_freed_memory, machine_facts, matmul_peak
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def take_turns(contenders: Mapping[str, Callable[[], Any]], *, rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each call, contenders interleaved."""
+    """Seconds of each call, contenders interleaved; the allocator set as `byrote train` sets it, for all of them."""
+    keep_freed_memory()
     for _ in range(warm_up):
         for work in contenders.values():
             work()

@@ -5,6 +5,7 @@ the host's. `matmul_peak` is the yardstick behind every "share of peak" that byr
 a laptop's data sheet does not know its cooling.
 """
 
+import ctypes
 import os
 import platform
 import shutil
@@ -20,6 +21,7 @@ from byrote.errors import CapacityError, ConfigError
 
 GIB = 1024**3
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # version 2; a container sees its own limit here
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_TOP_PAD = -3, -1, -2  # glibc's malloc.h
 
 
 def available_devices() -> list[str]:
@@ -83,6 +85,18 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc's allocator to keep what this process frees, for the next step to use again; True where that took effect.
+
+    A training step allocates and frees the same large tensors each time. By default each goes back to the kernel and comes anew as
+    zeroed pages: some 8,000 page faults a step of the bench model. The process then stays as large as its largest moment.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return all((mallopt(_M_MMAP_THRESHOLD, 1 << 30), mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1), mallopt(_M_TOP_PAD, 64 << 20)))
 
 
 def machine_facts(device: torch.device | None = None, path: str | os.PathLike[str] = ".") -> dict[str, Any]:

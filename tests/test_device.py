@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -116,3 +118,31 @@ def test_memory_is_read_from_vm_stat_where_there_is_no_proc(monkeypatch: pytest.
     assert device._macos_free_bytes(1) == 16 * 16384
     monkeypatch.setattr(device, "_output_of", lambda *command: "")
     assert device._macos_free_bytes(7) == 7
+
+
+_FAULTS = """
+import resource, sys
+from byrote.device import keep_freed_memory
+import torch
+taken = sys.argv[1] == "keep" and keep_freed_memory()
+def step():
+    [torch.ones(10 << 20) for _ in range(6)]
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    step()
+print(int(taken), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_kept_memory_is_used_again_without_page_faults() -> None:
+    def faults(mode: str) -> tuple[int, int]:
+        out = subprocess.run([sys.executable, "-c", _FAULTS, mode], capture_output=True, text=True, check=True).stdout
+        taken, count = out.split()
+        return int(taken), int(count)
+
+    taken, kept = faults("keep")
+    if not taken:
+        pytest.skip("the allocator of this platform is not glibc's")
+    assert 10 * kept < faults("default")[1]

@@ -33,7 +33,7 @@ from byrote.checkpoint.runs import latest, prune, step_folder
 from byrote.config import from_dict, to_dict
 from byrote.data.loader import Loader
 from byrote.data.prepare import Prepared, prepare
-from byrote.device import check_memory, pick_device
+from byrote.device import check_memory, keep_freed_memory, pick_device
 from byrote.errors import CapacityError, CheckpointError, ConfigError, TrainingError
 from byrote.memory.canonical import canonical_ids
 from byrote.model.config import ModelConfig
@@ -257,6 +257,7 @@ def train(
     the state before that step; CapacityError for a full disk or too little RAM.
     """
     device = pick_device(config.train.device)
+    keep_freed_memory()
     out.mkdir(parents=True, exist_ok=True)
     saved = _saved_run(config, out) if resume else None
     checkpoint = latest(out)
