@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,13 +81,14 @@ def _config(args: argparse.Namespace) -> "RunConfig":
 
 
 def _bits(run: "Run", validator: "Validator") -> dict[str, float]:
-    """Bits per byte of the validation texts: the model, the model with zeroed memory, xz."""
+    """Bits per byte of the validation texts: the model, the model with zeroed memory, xz (where this Python has it)."""
     from byrote.eval.bits import xz_bits_per_byte
 
     bits = {"model": validator.score(run).bits_per_byte}
     if run.model.memory is not None:
         bits["without_memory"] = validator.score_without_memory(run).bits_per_byte
-    bits["xz"] = xz_bits_per_byte([document.text.encode("utf-8") for document in run.prepared.validation])
+    if find_spec("_lzma") is not None:  # some builds of Python leave it out: no reason to lose the run
+        bits["xz"] = xz_bits_per_byte([document.text.encode("utf-8") for document in run.prepared.validation])
     return bits
 
 
@@ -151,7 +153,12 @@ def _facts(run: "Run", summary: "TrainSummary", bits: dict[str, float]) -> list[
     ]
     if "without_memory" in bits:
         table.append(("… with memory zeroed", f"{bits['without_memory']:.3f}"))
-    return [*table, ("xz -9", f"{bits['xz']:.3f} ({bits['model'] / bits['xz']:.2f} × of it)")]
+    xz = (
+        f"{bits['xz']:.3f} ({bits['model'] / bits['xz']:.2f} × of it)"
+        if "xz" in bits
+        else "not measured: this Python was built without lzma"
+    )
+    return [*table, ("xz -9", xz)]
 
 
 def _probe_lines(run: "Run") -> list[list[int]]:
@@ -198,7 +205,7 @@ def _print_result(out: Path, run: "Run", summary: "TrainSummary", bits: dict[str
             "tokens": summary.tokens,
             "seconds": round(summary.seconds, 1),
         }
-        print(json.dumps(result | {"bits_per_byte": bits, "ratio_to_xz": bits["model"] / bits["xz"]}))
+        print(json.dumps(result | {"bits_per_byte": bits, "ratio_to_xz": bits["model"] / bits["xz"] if "xz" in bits else None}))
         return
     print()
     print_table(_facts(run, summary, bits))

@@ -75,6 +75,13 @@ def test_json_gives_the_numbers_alone(recipe, capsys):
     assert result["ratio_to_xz"] == pytest.approx(result["bits_per_byte"]["model"] / result["bits_per_byte"]["xz"])
 
 
+def test_a_python_without_lzma_costs_the_comparison_and_not_the_run(recipe, monkeypatch, capsys):
+    monkeypatch.setattr("byrote.cli.quickstart.find_spec", lambda name: None if name == "_lzma" else pytest.fail(name))
+    assert quickstart() == 0
+    assert "not measured: this Python was built without lzma" in capsys.readouterr().out
+    assert "this model" in Path("runs/quickstart/report.html").read_text()
+
+
 def test_validations_are_recorded_once_however_often_it_is_called(recipe, monkeypatch, capsys):
     quickstart("--json")
     rows, first = rows_of(Path("runs/quickstart")), json.loads(capsys.readouterr().out)
