@@ -6,7 +6,7 @@ export VENV
 BIN = "$(VENV)"/bin
 LINE_CEILING = 15000
 
-.PHONY: help setup quickstart test check format bench
+.PHONY: help setup quickstart test torture check format bench
 
 help:
 	@echo "make quickstart   set up, train a small model with every part in it on this machine (about 6 minutes), write a report"
@@ -14,6 +14,7 @@ help:
 	@echo
 	@echo "make setup        only make $(VENV) and install what constraints.txt pins"
 	@echo "make check        formatting, lint, types, import directions, line count"
+	@echo "make torture      a thousand kill -9 against everything that writes files (about 10 minutes)"
 	@echo "make format       rewrite the code in the form that 'make check' asks for"
 	@echo "make bench        measure speed against named peers (bench/)"
 	@echo
@@ -29,6 +30,9 @@ quickstart: setup
 
 test: setup
 	@$(BIN)/python -m pytest
+
+torture: setup
+	@$(BIN)/python -m pytest -m torture
 
 check: setup
 	$(BIN)/ruff format --check .

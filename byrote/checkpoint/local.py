@@ -2,7 +2,7 @@
 
     config.json                   the model's configuration
     model.safetensors             state_dict: parameters, buffers, and the marker of the table
-    table.safetensors             with memory: rows [N, E] in their own dtype, and the canonical map [V] where there is one
+    table.safetensors, table/     with memory: its rows, and the canonical map where there is one (tables.py)
     tokenizer/                    where one was given
     trainer.json                  ┐
     trainer.safetensors           │ with training state: what the loop must know to go on (step, loader, random numbers …),
@@ -29,20 +29,34 @@ import torch
 from torch import Tensor
 
 from byrote.checkpoint.atomic import replacing_folder, standing, write_new
+from byrote.checkpoint.grow import with_indexers
 from byrote.checkpoint.manifest import MANIFEST, check_files, read_manifest, write_manifest
+from byrote.checkpoint.packs import attach_noted, attached_packs
 from byrote.checkpoint.runs import find_checkpoint, is_step_folder, listing, newest_complete
+from byrote.checkpoint.tables import (
+    FOLDER,
+    TABLE,
+    TABLE_STATE,
+    flush_table,
+    link_table,
+    read_table,
+    restore_table,
+    saved_table,
+    table_tensors,
+)
 from byrote.checkpoint.tensors import expect, read_tensors, tensor_bytes, tensor_file
 from byrote.config import from_dict, to_dict
 from byrote.device import check_disk, disk_free, pick_device
 from byrote.errors import CapacityError, CheckpointError, ConfigError
+from byrote.memory.place import MakeTable
 from byrote.memory.table import DeviceTable
 from byrote.model.config import ModelConfig
 from byrote.model.transformer import Model
 from byrote.tokenizer.bpe import Tokenizer
 
-CONFIG, MODEL, TABLE, TOKENIZER = "config.json", "model.safetensors", "table.safetensors", "tokenizer"
-TRAINER, TRAINER_TENSORS, OPTIMIZER, TABLE_STATE = "trainer.json", "trainer.safetensors", "optimizer.safetensors", "table_state.safetensors"
-_ALL = (CONFIG, MODEL, TABLE, TOKENIZER, TRAINER, TRAINER_TENSORS, OPTIMIZER, TABLE_STATE, MANIFEST)
+CONFIG, MODEL, TOKENIZER = "config.json", "model.safetensors", "tokenizer"
+TRAINER, TRAINER_TENSORS, OPTIMIZER = "trainer.json", "trainer.safetensors", "optimizer.safetensors"
+_ALL = (CONFIG, MODEL, TABLE, FOLDER, TOKENIZER, TRAINER, TRAINER_TENSORS, OPTIMIZER, TABLE_STATE, MANIFEST)
 _FP32_ROLES = ("norm", "mix", "conv", "router")  # `load(dtype=)` lowers none of these
 _COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ROOM = 1 << 20  # bytes for JSON, tokenizer and file system, beside the tensors
@@ -73,7 +87,7 @@ def save(model: Model, path: str | os.PathLike[str], *, tokenizer: Tokenizer | N
     if not isinstance(model, Model):
         raise ConfigError(f"byrote.save needs a byrote.Model, got {type(model).__name__}; of a wrapped model give the one inside")
     target = Path(path).expanduser().resolve()
-    generations = _flush_table(model, training)
+    generations = flush_table(model, training.step if training else None)
     tensors, documents = _tensors(model, training), _documents(model, training)
     need = _ROOM + sum(tensor_bytes(tensor) for group in tensors.values() for tensor in group.values())
     with _explained(target, need):
@@ -86,22 +100,29 @@ def save(model: Model, path: str | os.PathLike[str], *, tokenizer: Tokenizer | N
                 write_new(folder / name, [document])
             if tokenizer is not None:
                 tokenizer.save(folder / TOKENIZER)
-            write_manifest(folder, step=training.step if training else None, table_generations=generations)
+            known = link_table(model, folder)
+            write_manifest(folder, step=training.step if training else None, table_generations=generations, known=known)
 
 
 def load(
-    path: str | os.PathLike[str], *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, verify: bool = True
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+    packs: bool = True,
 ) -> Loaded:
     """The model of a checkpoint, or of a run's newest one, in evaluation mode, and its tokenizer (None if it has none).
 
     `dtype` is for matrices, embedding and head; norms, mixing, routers, buffers and table rows keep at least the precision they were
-    saved in. `verify=False` skips the checksums (names and sizes are checked always). Raises CheckpointError, ConfigError (device).
+    saved in. `verify=False` skips the checksums (names and sizes are checked always). With `packs` those that `byrote memory attach`
+    noted down for the run are put on. Raises CheckpointError, ConfigError (device), MemoryPackError.
     """
     device = pick_device(device) if isinstance(device, str) else device
     folder = _open(path, verify)
-    model = _blank(_read_config(folder))
+    model = _blank(_read_config(folder), saved_table(folder))
     if model.memory is not None:
-        model.memory.store.vectors_NE = _rows(model, folder)
+        read_table(model, folder)
     weights = read_tensors(folder / MODEL)
     expect(weights, _state(model), str(folder / MODEL), same_dtype=False)
     dtypes = _dtypes(model, weights, dtype)
@@ -109,6 +130,8 @@ def load(
     if model.memory is not None:
         model.memory.to(device)
     tokenizer = Tokenizer.load(folder / TOKENIZER) if (folder / TOKENIZER).is_dir() else None
+    if packs:
+        attach_noted(model, path, attached_packs(path), tokenizer=None if tokenizer is None else tokenizer.fingerprint())
     return Loaded(model.eval(), tokenizer)
 
 
@@ -122,11 +145,7 @@ def load_training(path: str | os.PathLike[str], model: Model, *, verify: bool = 
     if not (folder / TRAINER).is_file():
         raise CheckpointError(f"{folder} was saved without training state: it can be loaded (byrote.load), not resumed")
     _check_config(folder, model.config)
-    weights = read_tensors(folder / MODEL)
-    expect(weights, _state(model), str(folder / MODEL))
-    if model.memory is not None:
-        _restore_table(model, folder)
-    model.load_state_dict(weights)
+    _fill(model, folder)
     about = _read_json(folder / TRAINER)
     return TrainingState(
         step=about["step"],
@@ -137,24 +156,34 @@ def load_training(path: str | os.PathLike[str], model: Model, *, verify: bool = 
     )
 
 
+def load_weights(path: str | os.PathLike[str], model: Model) -> None:
+    """Put weights, rows and the rows' optimizer state of a trained model into one of the same shapes; its configuration may differ.
+
+    A model with sparse attention may begin with the weights of one with MLA (`grow`). Raises CheckpointError naming what has another shape.
+    """
+    _fill(model, _open(path, verify=True), may_grow=True)
+
+
+def _fill(model: Model, folder: Path, *, may_grow: bool = False) -> None:
+    weights = read_tensors(folder / MODEL)
+    if may_grow:
+        weights = with_indexers(weights, model.state_dict())
+    expect(weights, _state(model), str(folder / MODEL))
+    if model.memory is not None:
+        moved = restore_table(model, folder)
+        weights |= {"_extra_state": model.get_extra_state()} if moved else {}  # its marker is of the form the rows had
+    model.load_state_dict(weights)
+
+
 # --- what is saved ----------------------------------------------------------------------------------------------------
 
 
 def _tensors(model: Model, training: TrainingState | None) -> dict[str, dict[str, Tensor]]:
     """File → its tensors."""
-    files: dict[str, dict[str, Tensor]] = {MODEL: model.state_dict()}
-    if model.memory is not None:
-        canonical_V = model.memory.canonical_V
-        files[TABLE] = {"vectors_NE": model.memory.store.vectors_NE} | ({} if canonical_V is None else {"canonical_V": canonical_V})
+    files: dict[str, dict[str, Tensor]] = {MODEL: model.state_dict()} | table_tensors(model, training=training is not None)
     if training is not None:
         files |= {OPTIMIZER: training.optimizer, TRAINER_TENSORS: training.tensors}
-        if model.memory is not None:
-            files[TABLE_STATE] = _table_state(model.memory.store)
     return files
-
-
-def _table_state(store: DeviceTable) -> dict[str, Tensor]:
-    return {"state_NS": store.state_NS, "visits_N": store.visits_N}
 
 
 def _documents(model: Model, training: TrainingState | None) -> dict[str, bytes]:
@@ -163,15 +192,6 @@ def _documents(model: Model, training: TrainingState | None) -> dict[str, bytes]
     if training is not None:
         values[TRAINER] = {"step": training.step, "optimizer": training.optimizer_meta, "loop": training.loop}
     return {name: json.dumps(value, indent=1).encode() for name, value in values.items()}
-
-
-def _flush_table(model: Model, training: TrainingState | None) -> tuple[int, ...]:
-    """Makes the store durable; returns the generations of tables that belong to this checkpoint."""
-    if model.memory is None:
-        return ()
-    generation = 0 if training is None else training.step
-    model.memory.store.flush(generation)
-    return (generation,)
 
 
 def _check_replaceable(target: Path) -> None:
@@ -246,10 +266,10 @@ def _flat(values: Any, path: str = "model") -> dict[str, Any]:
     return {name: leaf for key, value in values.items() for name, leaf in _flat(value, f"{path}.{key}").items()}
 
 
-def _blank(config: ModelConfig) -> Model:
+def _blank(config: ModelConfig, make_table: MakeTable | None) -> Model:
     """A model to load into. Its rows are zero, which costs nothing; random ones would take minutes for a large table."""
     engram = None if config.engram is None else replace(config.engram, table_std=0.0)
-    model = Model(replace(config, engram=engram))
+    model = Model(replace(config, engram=engram), make_table=make_table or DeviceTable)
     model.config = config
     return model
 
@@ -272,25 +292,3 @@ def _dtypes(model: Model, weights: dict[str, Tensor], dtype: torch.dtype | None)
             is_island = roles.get(name) in _FP32_ROLES or name not in roles
             dtypes[name] = torch.promote_types(saved.dtype, dtype) if is_island else dtype
     return dtypes
-
-
-def _rows(model: Model, folder: Path) -> Tensor:
-    """The table's rows [N, E], mapped. Gives the memory its canonical map."""
-    assert model.memory is not None, "only a model with memory has rows"
-    tensors = read_tensors(folder / TABLE)
-    wanted = {"vectors_NE": model.memory.store.vectors_NE}
-    if "canonical_V" in tensors:
-        wanted["canonical_V"] = torch.empty(model.config.vocab_size, dtype=torch.int64, device="meta")
-    expect(tensors, wanted, str(folder / TABLE))
-    if "canonical_V" in tensors:
-        model.memory.set_canonical(tensors["canonical_V"].clone())
-    return tensors["vectors_NE"]
-
-
-def _restore_table(model: Model, folder: Path) -> None:
-    assert model.memory is not None, "only a model with memory has a table"
-    store, state = model.memory.store, read_tensors(folder / TABLE_STATE)
-    expect(state, _table_state(store), f"{folder / TABLE_STATE} (saved under another optim.table_rule?)")
-    store.vectors_NE.copy_(_rows(model, folder))
-    store.state_NS.copy_(state["state_NS"])
-    store.visits_N.copy_(state["visits_N"])

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +22,10 @@ from byrote.checkpoint.atomic import write_new
 from byrote.config import from_dict, to_dict
 from byrote.device import usable_cores
 from byrote.errors import CheckpointError, ConfigError
+from byrote.memory.segment import PIECE_BYTES
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-PIECE_BYTES = 1 << 26
 _READ_BYTES = 1 << 20
 _RESTORE = "Restore the checkpoint from a copy, or use another checkpoint of the run"
 
@@ -50,10 +50,12 @@ class Manifest:
     files: tuple[File, ...]
 
 
-def write_manifest(folder: Path, *, step: int | None, table_generations: tuple[int, ...]) -> None:
-    """Describe all that lies in `folder`."""
-    sizes = _sizes(folder)
-    digests = _digests(folder, sizes)
+def write_manifest(
+    folder: Path, *, step: int | None, table_generations: tuple[int, ...], known: Mapping[str, tuple[str, ...]] | None = None
+) -> None:
+    """Describe all that lies in `folder`. Checksums that are `known` are not taken again: a table on disk would be read whole."""
+    sizes, known = _sizes(folder), known or {}
+    digests = {**known, **_digests(folder, {name: size for name, size in sizes.items() if name not in known})}
     manifest = Manifest(
         format=FORMAT,
         byrote=sys.modules["byrote"].__version__,

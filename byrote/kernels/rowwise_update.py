@@ -18,7 +18,9 @@ adam, two numbers of state per number, [m | v] behind one another:
 Example, rowwise: a new row with g = (3, −4), η = 0.1: mean(g²) = 12.5 = v̂ whatever β₂ is, so w moves by −0.1 · (3, −4) / 3.54,
 an RMS of exactly η. There is no weight decay: a row that is not visited must not move (and is not even read).
 
-Arithmetic is fp32 whatever the dtype of the rows. Nothing is changed in place.
+Arithmetic is fp32 whatever the dtype of the rows. bf16 rows are rounded up or down by chance (`kernels.counter_random`):
+rounded to nearest, an update below 1/512 of a number would be lost every time, by chance it is right on average. The chance is drawn
+for (seed, row, n, column), so it is the same in every store and after every resume. Nothing is changed in place.
 
 Shapes: U unique rows, E numbers in a row, S numbers of state per row (1 for rowwise, 2E for adam).
 """
@@ -29,21 +31,25 @@ import sys
 import torch
 from torch import Tensor
 
+from byrote.kernels.counter_random import round_to_bf16
+
 
 def rowwise_update(
-    vectors_UE: Tensor, grad_UE: Tensor, state_US: Tensor, visits_U: Tensor, *, lr: float, betas: tuple[float, float], eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the new (vectors, state, visits). β₁ has no place in this rule; only `betas[1]` is read."""
+    vectors_UE: Tensor, grad_UE: Tensor, state_US: Tensor, visits_U: Tensor, rows_U: Tensor,
+    *, lr: float, betas: tuple[float, float], eps: float, seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns the new (vectors, state, visits). β₁ has no place in this rule; only `betas[1]` is read. `rows_U`: global row ids."""
     grad_UE = grad_UE.float()
     state_U1 = torch.lerp(state_US, grad_UE.square().mean(1, keepdim=True), 1 - betas[1])
     visits_U = visits_U + 1
     root_U1 = (state_U1 / _bias_correction(betas[1], visits_U)).sqrt_().add_(eps)
-    return _descend(vectors_UE, grad_UE, root_U1, lr), state_U1, visits_U
+    return _stored(_descend(vectors_UE, grad_UE, root_U1, lr), vectors_UE.dtype, rows_U, visits_U, seed), state_U1, visits_U
 
 
 def adam_update(
-    vectors_UE: Tensor, grad_UE: Tensor, state_US: Tensor, visits_U: Tensor, *, lr: float, betas: tuple[float, float], eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    vectors_UE: Tensor, grad_UE: Tensor, state_US: Tensor, visits_U: Tensor, rows_U: Tensor,
+    *, lr: float, betas: tuple[float, float], eps: float, seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns the new (vectors, state, visits)."""
     grad_UE = grad_UE.float()
     first_UE, second_UE = state_US.chunk(2, dim=1)
@@ -51,8 +57,8 @@ def adam_update(
     second_UE = torch.lerp(second_UE, grad_UE.square(), 1 - betas[1])
     visits_U = visits_U + 1
     root_UE = (second_UE / _bias_correction(betas[1], visits_U)).sqrt_().add_(eps)
-    vectors_UE = _descend(vectors_UE, first_UE / _bias_correction(betas[0], visits_U), root_UE, lr)
-    return vectors_UE, torch.cat((first_UE, second_UE), dim=1), visits_U
+    moved_UE = _descend(vectors_UE, first_UE / _bias_correction(betas[0], visits_U), root_UE, lr)
+    return _stored(moved_UE, vectors_UE.dtype, rows_U, visits_U, seed), torch.cat((first_UE, second_UE), dim=1), visits_U
 
 
 def _bias_correction(beta: float, visits_U: Tensor) -> Tensor:
@@ -61,4 +67,10 @@ def _bias_correction(beta: float, visits_U: Tensor) -> Tensor:
 
 
 def _descend(vectors_UE: Tensor, direction_UE: Tensor, root: Tensor, lr: float) -> Tensor:
-    return torch.addcdiv(vectors_UE.float(), direction_UE, root, value=-lr).to(vectors_UE.dtype)
+    return torch.addcdiv(vectors_UE.float(), direction_UE, root, value=-lr)
+
+
+def _stored(moved_UE: Tensor, dtype: torch.dtype, rows_U: Tensor, visits_U: Tensor, seed: int) -> Tensor:
+    if dtype == torch.bfloat16:
+        return round_to_bf16(moved_UE, rows_U.to(moved_UE.device), visits_U, seed=seed)
+    return moved_UE.to(dtype)

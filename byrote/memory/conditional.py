@@ -15,7 +15,7 @@ from torch import Tensor
 
 from byrote.errors import ConfigError
 from byrote.memory.ngram import NgramHash, NgramHistory
-from byrote.memory.table import DeviceTable
+from byrote.memory.table import Slab, TableStore, Ticket
 
 
 class Rows(NamedTuple):
@@ -24,11 +24,25 @@ class Rows(NamedTuple):
     vectors_UE: Tensor  # the autograd leaf
     inverse_BTLN: Tensor  # int64: index into vectors_UE of every read
     rows_U: Tensor  # int64: global row ids, unique and sorted
+    slab: Slab | None = None  # in training: the rows with their state, so that the optimizer need not read them again
 
     def layer(self, slot: int) -> Tensor:
         """[B, T, N·E]: the concatenated rows of memory layer `slot`."""
         inverse_BTN = self.inverse_BTLN[:, :, slot]
         return torch.nn.functional.embedding(inverse_BTN, self.vectors_UE).flatten(2)
+
+
+class PendingRows(NamedTuple):
+    """Rows that are being read."""
+
+    ticket: Ticket
+    inverse_BTLN: Tensor
+    rows_U: Tensor
+
+    def wait(self) -> Rows:
+        """As of after every update before this call."""
+        slab = self.ticket.wait()
+        return Rows(_leaf(slab.vectors_UE), self.inverse_BTLN.to(slab.vectors_UE.device), self.rows_U, slab)
 
 
 class HasHistory(Protocol):
@@ -40,7 +54,7 @@ class HasHistory(Protocol):
 class Memory:
     """Canonical map, hash and store of all memory layers of one model. Not a module: `.to()` and `state_dict()` pass it by."""
 
-    def __init__(self, hash_: NgramHash, store: DeviceTable, *, vocab_size: int, needs_canonical: bool = False, pad_token: int = 0) -> None:
+    def __init__(self, hash_: NgramHash, store: TableStore, *, vocab_size: int, needs_canonical: bool = False, pad_token: int = 0) -> None:
         if sum(hash_.num_rows) != store.num_rows:
             raise ConfigError(f"the hash addresses {sum(hash_.num_rows)} rows, the table holds {store.num_rows}")
         self.hash, self.store = hash_, store
@@ -50,11 +64,12 @@ class Memory:
         self.to(store.device)
 
     def to(self, device: torch.device | str) -> "Memory":
-        """Move table, map and hash constants; returns self."""
+        """Rows shall land on `device`. Map and hash constants go where the store wants rows named. Returns self."""
         self.store.to(device)
-        self.hash.to(device)
-        self._layer_start_L = self._layer_start_L.to(device)
-        self.canonical_V = None if self.canonical_V is None else self.canonical_V.to(device)
+        index_device = self.store.index_device
+        self.hash.to(index_device)
+        self._layer_start_L = self._layer_start_L.to(index_device)
+        self.canonical_V = None if self.canonical_V is None else self.canonical_V.to(index_device)
         return self
 
     @property
@@ -71,7 +86,7 @@ class Memory:
             raise ConfigError(
                 f"the canonical map holds classes {int(low)}..{int(high)}, the hash is made for 0..{self.hash.canonical_vocab - 1}"
             )
-        self.canonical_V = canonical_V.to(self.store.device, torch.int64)
+        self.canonical_V = canonical_V.to(self.store.index_device, torch.int64)
         self.hash.pad = int(canonical_V[self._pad_token])
 
     def canonical(self, tokens_BT: Tensor) -> Tensor:
@@ -82,17 +97,37 @@ class Memory:
                     "engram.canonical_vocab is set but the map is not: call model.memory.set_canonical(map) with the tokenizer's classes"
                 )
             return tokens_BT
-        return self.canonical_V.index_select(0, tokens_BT.flatten()).view(tokens_BT.shape)
+        classes = self.canonical_V.index_select(0, tokens_BT.flatten().to(self.canonical_V.device))
+        return classes.view(tokens_BT.shape).to(tokens_BT.device)
 
     def global_rows(self, tokens_BT: Tensor, document_BT: Tensor | None = None, history: NgramHistory | None = None) -> Tensor:
         """int64 [B, T, L, N]: global ids of every row read."""
-        rows_BTLN = self.hash.rows(self.canonical(tokens_BT), document_BT=document_BT, history_BN=history)
+        where = self.store.index_device
+        document_BT = None if document_BT is None else document_BT.to(where)
+        history = None if history is None else history.to(where)
+        rows_BTLN = self.hash.rows(self.canonical(tokens_BT.to(where)), document_BT=document_BT, history_BN=history)
         return rows_BTLN + self._layer_start_L[:, None]
 
     def fetch(self, tokens_BT: Tensor, document_BT: Tensor | None = None, state: HasHistory | None = None) -> Rows:
         """Read what these tokens need. `state` supplies the tokens before them when a text comes in chunks."""
+        rows_U, inverse_BTLN = self._wanted(tokens_BT, document_BT, state)
+        slab = self.store.gather(rows_U) if torch.is_grad_enabled() else None
+        vectors_UE = self.store.read(rows_U) if slab is None else slab.vectors_UE
+        return Rows(_leaf(vectors_UE), inverse_BTLN.to(vectors_UE.device), rows_U, slab)
+
+    def prefetch(self, tokens_BT: Tensor, document_BT: Tensor | None = None, state: HasHistory | None = None) -> PendingRows:
+        """Begin to read what these tokens need; `wait()` gives what `fetch` would give then."""
+        rows_U, inverse_BTLN = self._wanted(tokens_BT, document_BT, state)
+        return PendingRows(self.store.prefetch(rows_U), inverse_BTLN, rows_U)
+
+    def _wanted(self, tokens_BT: Tensor, document_BT: Tensor | None, state: HasHistory | None) -> tuple[Tensor, Tensor]:
+        """(unique rows, which of them each read is)."""
         history = None if state is None else state.ngram_history(numbered=document_BT is not None)
         wanted_BTLN = self.global_rows(tokens_BT, document_BT, history)
         rows_U, inverse = torch.unique(wanted_BTLN, return_inverse=True)
-        vectors_UE = self.store.read(rows_U)
-        return Rows(vectors_UE.requires_grad_(torch.is_grad_enabled()), inverse.view(wanted_BTLN.shape), rows_U)
+        return rows_U, inverse.view(wanted_BTLN.shape)
+
+
+def _leaf(vectors_UE: Tensor) -> Tensor:
+    """Gradients end here; the slab beside it stays free of them."""
+    return vectors_UE.detach().requires_grad_(torch.is_grad_enabled())

@@ -92,6 +92,9 @@ class NgramHistory(NamedTuple):
     ids_BN: Tensor  # int64 [B, max_order − 1]; the pad class where there was no token
     document_BN: Tensor | None  # documents of those tokens; None: all of the chunk's own document
 
+    def to(self, device: torch.device) -> "NgramHistory":
+        return NgramHistory(self.ids_BN.to(device), None if self.document_BN is None else self.document_BN.to(device))
+
 
 class NgramHash:
     """The hash of all memory layers, as pure integer arithmetic on canonical ids.

@@ -21,10 +21,11 @@ _RULES = {"rowwise": rowwise_update, "adam": adam_update}
 
 
 class RowGradient(NamedTuple):
-    """Unique row ids in ascending order and the gradient of each."""
+    """Unique row ids in ascending order, the gradient of each, and what was read of them, where that is still at hand."""
 
     rows_U: Tensor
     grad_UE: Tensor
+    slab: Slab | None = None
 
 
 def state_dim(rule: str, dim: int) -> int:
@@ -34,17 +35,17 @@ def state_dim(rule: str, dim: int) -> int:
     return 1 if rule == "rowwise" else 2 * dim
 
 
-def accumulate_rows(parts: Sequence[tuple[Tensor, Tensor]]) -> RowGradient:
+def accumulate_rows(parts: Sequence[RowGradient]) -> RowGradient:
     """Sums the gradients of micro-batches, in fp32 and in their order, so that the sum is the same at every run.
 
-    `parts` holds (rows_U, grad_UE) of each micro-batch, the rows of one part unique and ascending.
+    The rows of one part are unique and ascending. Parts overlap, so of several the rows must be read once more.
     """
     if len(parts) == 1:
-        return RowGradient(*parts[0])
-    rows_U = torch.unique(torch.cat([rows for rows, _ in parts]))
-    grad_UE = parts[0][1].new_zeros(len(rows_U), parts[0][1].shape[1], dtype=torch.float32)
-    for rows, grad in parts:
-        grad_UE.index_add_(0, torch.searchsorted(rows_U, rows), grad.float())
+        return parts[0]
+    rows_U = torch.unique(torch.cat([part.rows_U for part in parts]))
+    grad_UE = parts[0].grad_UE.new_zeros(len(rows_U), parts[0].grad_UE.shape[1], dtype=torch.float32)
+    for rows, grad, _ in parts:
+        grad_UE.index_add_(0, torch.searchsorted(rows_U, rows).to(grad.device), grad.float())
     return RowGradient(rows_U, grad_UE)
 
 
@@ -52,8 +53,9 @@ class RowwiseOptimizer:
     """`rule` "rowwise" keeps one number per row, "adam" two moments per number. `set_lr` scales the peak `lr` as the schedule says."""
 
     def __init__(
-        self, store: TableStore, *, lr: float, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, rule: str = "rowwise"
-    ) -> None:
+        self, store: TableStore, *, lr: float, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, rule: str = "rowwise",
+        seed: int = 0,
+    ) -> None:  # fmt: skip
         need = state_dim(rule, store.dim)
         if store.state_dim != need:
             raise ConfigError(
@@ -62,14 +64,16 @@ class RowwiseOptimizer:
             )
         self.store, self.rule = store, rule
         self.peak_lr = self.lr = lr
-        self.betas, self.eps = betas, eps
+        self.betas, self.eps, self.seed = betas, eps, seed
 
     def set_lr(self, scale: float) -> None:
         self.lr = self.peak_lr * scale
 
     @torch.no_grad()
-    def step(self, rows_U: Tensor, grad_UE: Tensor) -> None:
-        """Updates the rows `rows_U` (unique, ascending) and no other. All state lives in the store."""
-        slab = self.store.gather(rows_U)
+    def step(self, rows_U: Tensor, grad_UE: Tensor, slab: Slab | None = None) -> None:
+        """Updates the rows `rows_U` (unique, ascending) and no other. All state lives in the store; `slab` is what it holds, if known."""
+        slab = self.store.gather(rows_U) if slab is None else slab
         assert grad_UE.shape == slab.vectors_UE.shape, f"gradient {tuple(grad_UE.shape)} for rows {tuple(slab.vectors_UE.shape)}"
-        self.store.put(rows_U, Slab(*_RULES[self.rule](slab.vectors_UE, grad_UE, *slab[1:], lr=self.lr, betas=self.betas, eps=self.eps)))
+        update = _RULES[self.rule]
+        updated = update(slab.vectors_UE, grad_UE, *slab[1:], rows_U, lr=self.lr, betas=self.betas, eps=self.eps, seed=self.seed)
+        self.store.put(rows_U, Slab(*updated))

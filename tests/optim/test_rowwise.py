@@ -5,7 +5,7 @@ import torch
 
 from byrote.errors import ConfigError
 from byrote.memory.table import DeviceTable
-from byrote.optim.rowwise import RowwiseOptimizer, accumulate_rows, state_dim
+from byrote.optim.rowwise import RowGradient, RowwiseOptimizer, accumulate_rows, state_dim
 from tests.tolerances import assert_bitwise, assert_close_fp32
 
 DIM = 5
@@ -90,6 +90,28 @@ def test_only_the_rows_of_the_batch_are_read_and_written():
     assert table.seen == (("gather", 2), ("put", 2))
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_slab_that_was_read_before_spares_the_second_reading(rule, monkeypatch):
+    table, twin = _table(rule), _table(rule)
+    rows_U, grad_UE = torch.tensor([1, 7]), _randn(2, DIM)
+    RowwiseOptimizer(twin, lr=0.1, rule=rule).step(rows_U, grad_UE)
+    slab = table.gather(rows_U)
+    monkeypatch.setattr(table, "gather", lambda rows: pytest.fail("the rows were read twice"))
+    RowwiseOptimizer(table, lr=0.1, rule=rule).step(rows_U, grad_UE, slab)
+    for got, want in zip(_snapshot(table), _snapshot(twin), strict=True):
+        assert_bitwise(got, want)
+
+
+def test_updates_too_small_for_bf16_are_kept_on_average():
+    table = DeviceTable(4096, DIM, dtype=torch.bfloat16)
+    table.vectors_NE.fill_(1.0)
+    optimizer = RowwiseOptimizer(table, lr=2.0**-11, eps=0.0, seed=3)  # a quarter of the distance to the next bf16 below 1
+    for _ in range(8):
+        optimizer.step(torch.arange(4096), torch.ones(4096, DIM))
+    moved = 1 - table.vectors_NE.double().mean().item()
+    assert abs(moved - 8 * 2.0**-11) < 1e-4, "rounded to nearest, nothing would have moved"
+
+
 def test_set_lr_scales_the_peak():
     table = _table("rowwise")
     optimizer = RowwiseOptimizer(table, lr=0.1, eps=0.0)
@@ -102,29 +124,28 @@ def test_set_lr_scales_the_peak():
 
 def test_rows_of_micro_batches_are_summed():
     parts = [
-        (torch.tensor([1, 4, 6]), _randn(3, DIM, seed=1)),
-        (torch.tensor([0, 4]), _randn(2, DIM, seed=2)),
-        (torch.tensor([4]), _randn(1, DIM, seed=3)),
+        RowGradient(torch.tensor([1, 4, 6]), _randn(3, DIM, seed=1)),
+        RowGradient(torch.tensor([0, 4]), _randn(2, DIM, seed=2)),
+        RowGradient(torch.tensor([4]), _randn(1, DIM, seed=3)),
     ]
-    rows_U, grad_UE = accumulate_rows(parts)
+    rows_U, grad_UE, slab = accumulate_rows(parts)
+    assert slab is None, "what one part read of a row is not all there is to know"
     dense = torch.zeros(7, DIM)
-    for rows, grad in parts:
+    for rows, grad, _ in parts:
         dense[rows] += grad
     assert rows_U.tolist() == [0, 1, 4, 6]
     assert_bitwise(grad_UE, dense[rows_U])
 
 
 def test_bf16_gradients_are_summed_in_fp32():
-    part = (torch.tensor([3]), torch.full((1, DIM), 1.0, dtype=torch.bfloat16))
-    small = (torch.tensor([3]), torch.full((1, DIM), 2.0**-10, dtype=torch.bfloat16))
+    part = RowGradient(torch.tensor([3]), torch.full((1, DIM), 1.0, dtype=torch.bfloat16))
+    small = RowGradient(torch.tensor([3]), torch.full((1, DIM), 2.0**-10, dtype=torch.bfloat16))
     assert accumulate_rows([part, small]).grad_UE[0, 0].item() == 1 + 2.0**-10
 
 
 def test_one_micro_batch_comes_back_as_it_is():
-    rows, grad = torch.tensor([2, 8]), _randn(2, DIM)
-    rows_U, grad_UE = accumulate_rows([(rows, grad)])
-    assert rows_U is rows
-    assert grad_UE is grad
+    part = RowGradient(torch.tensor([2, 8]), _randn(2, DIM))
+    assert accumulate_rows([part]) is part
 
 
 def test_a_table_with_the_wrong_state_is_refused():

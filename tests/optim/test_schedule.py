@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from byrote.optim.schedule import lr_scale, mtp_weight
+from byrote.optim.schedule import lr_scale, mtp_weight, row_length
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,13 @@ class Settings:
     final_scale: float = 0.0
     step_points: tuple[float, ...] = (0.8, 0.9)
     step_scales: tuple[float, ...] = (0.316, 0.1)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    sequence_length: int
+    length_start: int | None
+    length_warmup_fraction: float
 
 
 SCHEDULES = ("wsd", "cosine", "step")
@@ -88,3 +95,18 @@ def test_the_mtp_weight_falls_when_the_rate_starts_to_decay(schedule, corner):
     assert weights == [0.3] * corner + [0.1] * (100 - corner)
     assert lr_scale(corner + 1, 100, settings) < 1
     assert schedule == "cosine" or lr_scale(corner - 1, 100, settings) == 1
+
+
+def test_rows_double_in_equal_stages_and_then_stay_full():
+    data = Lengths(512, 128, 0.3)
+    assert [row_length(step, 100, data) for step in range(100)] == [128] * 15 + [256] * 15 + [512] * 70
+
+
+@pytest.mark.parametrize("total", [1, 2, 7, 100, 257])
+@pytest.mark.parametrize("start", [8, 64, 512, None])
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
+def test_row_lengths_never_fall_and_divide_the_full_one(total, start, fraction):
+    found = [row_length(step, total, Lengths(512, start, fraction)) for step in range(total)]
+    assert found == sorted(found)
+    assert all(512 % length == 0 and length >= (start or 512) for length in found)
+    assert row_length(total, total, Lengths(512, start, fraction)) == 512
