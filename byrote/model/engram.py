@@ -15,7 +15,7 @@ Shapes: B batch, T tokens, R streams, D model, E numbers of all rows of a token 
 import torch
 from torch import Tensor, nn
 
-from byrote.kernels.engram_gate import Conv, engram_add
+from byrote.kernels.engram_gate import Conv, Extend, engram_add
 from byrote.model.batch import Batch
 from byrote.model.config import EngramConfig
 from byrote.model.linear import Linear
@@ -49,8 +49,18 @@ class Engram(nn.Module):
     def forward(self, streams_BTRD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """(streams with memory added, gates α [B, T, R])."""
         assert batch.rows is not None, "a model with memory layers needs rows"
-        rows_BTE = batch.rows.layer(self.slot).to(streams_BTRD.dtype)
-        remembers = self.conv is not None and batch.state is not None
+        return self.speak(
+            streams_BTRD,
+            batch.rows.layer(self.slot),
+            document_BS=None if batch.document_BT is None else batch.keys_document_BS,
+            extend=None if self.conv is None or batch.state is None else batch.state.tails[self.slot].append,
+        )
+
+    def speak(
+        self, streams_BTRD: Tensor, rows_BTE: Tensor, *, document_BS: Tensor | None = None, extend: Extend | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` with all it needs handed to it; `document_BS` and `extend` as in `kernels.engram_gate`."""
+        rows_BTE = rows_BTE.to(streams_BTRD.dtype)
         return engram_add(
             streams_BTRD,
             self.key(rows_BTE).unflatten(-1, (self.streams, -1)),
@@ -59,6 +69,6 @@ class Engram(nn.Module):
             None if self.conv is None else self.conv(),
             eps=self.eps,
             hard=self.hard,
-            document_BS=None if batch.document_BT is None else batch.keys_document_BS,
-            extend=batch.state.tails[self.slot].append if remembers and batch.state is not None else None,
+            document_BS=document_BS,
+            extend=extend,
         )
