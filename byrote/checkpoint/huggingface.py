@@ -1,10 +1,10 @@
-"""DeepSeek-V3 models in and out: a folder of the Hugging Face form, or transformers' own class in memory.
+"""DeepSeek models in and out: a folder of the Hugging Face form, or transformers' own class in memory.
 
     folder       import_hf ──► Model ──► export_hf           no transformers needed; MTP included
     hf_model     from_transformers ──► Model ──► to_transformers
 
-Numbers are moved, never computed with: every tensor keeps its dtype and bits, there and back. Names and regions are in
-`v3_names`, the configuration in `v3_config`, files in `safetensors_folder`. Reading a folder needs memory for the model and one
+Numbers are moved, never computed with: every tensor keeps its dtype and bits, there and back. What each architecture
+calls things is in `architectures`, files are in `safetensors_folder`. Reading a folder needs memory for the model and one
 tensor, writing one for nothing beyond the model.
 """
 
@@ -20,11 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from byrote.checkpoint.architectures import ARCHITECTURES, Architecture, reading, writing
 from byrote.checkpoint.atomic import replacing_folder, standing
 from byrote.checkpoint.runs import listing
 from byrote.checkpoint.safetensors_folder import (
     DTYPES,
     INDEX,
+    WHOLE_DTYPES,
     Header,
     file_names,
     read_headers,
@@ -35,8 +37,8 @@ from byrote.checkpoint.safetensors_folder import (
     write_shards,
 )
 from byrote.checkpoint.tensors import tensor_bytes
-from byrote.checkpoint.v3_config import MODEL_TYPE, check_expressible, config_from_v3, config_to_v3, ignored_keys, mtp_layers
-from byrote.checkpoint.v3_names import Piece, v3_pieces
+from byrote.checkpoint.v3_config import mtp_layers
+from byrote.checkpoint.v3_names import Piece
 from byrote.device import check_disk, check_memory
 from byrote.errors import CapacityError, CheckpointError, ConfigError
 from byrote.model.config import ModelConfig
@@ -59,15 +61,16 @@ def _say_nothing(status: str) -> None:
 
 
 def from_transformers(hf_model: Any) -> Model:
-    """The same model as a `DeepseekV3ForCausalLM`, in its dtypes and on its device; nothing is shared with it.
+    """The same model as one of transformers' `architectures`, in its dtypes and on its device; nothing is shared with it.
 
-    The class holds no MTP modules, whatever its configuration announces, so the result has none. It gives the embedding of its
+    Their classes hold no MTP modules, whatever the configuration announces, so the result has none. They give the embedding of its
     pad_token_id no gradient; here that row trains like any other. ConfigError for configurations byrote cannot honour,
     CheckpointError for tensors that do not fit them.
     """
-    config = config_from_v3({**hf_model.config.to_dict(), "num_nextn_predict_layers": 0})
-    tensors = hf_model.state_dict()
-    pieces = v3_pieces(config, stacked=True)
+    data = {**hf_model.config.to_dict(), "num_nextn_predict_layers": 0}
+    architecture, tensors = reading(data), hf_model.state_dict()
+    config = architecture.read(data)
+    pieces = architecture.pieces(config, stacked=True)
     model = _skeleton(config)
     _check_names(pieces, tensors, "the model")
     _check_shapes(pieces, model, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, "the model")
@@ -75,28 +78,30 @@ def from_transformers(hf_model: Any) -> Model:
 
 
 def to_transformers(model: Model) -> Any:
-    """The same model as a `DeepseekV3ForCausalLM`, in its dtypes and on its device; nothing is shared with it.
+    """The same model in transformers' class for it, in its dtypes and on its device; nothing is shared with it.
 
     The class has no place for MTP modules: they are left out with a warning; `export_hf` writes them. ConfigError names every
-    part that V3 cannot express, or says how to install transformers.
+    part that the class cannot express, or says how to install transformers.
     """
-    check_expressible(model.config)
-    transformers = _transformers()
+    architecture = writing(model.config)
+    architecture.check_expressible(model.config)
+    transformers = require_transformers()
     if model.mtp:
         warnings.warn(f"transformers' class holds no MTP modules: {len(model.mtp)} left out (export_hf writes them)", stacklevel=2)
     config = replace(model.config, mtp=None)
-    hf_config = transformers.DeepseekV3Config.from_dict(config_to_v3(config, _dtype_name(model)))
+    hf_config = getattr(transformers, f"{architecture.name}Config").from_dict(architecture.write(config, _dtype_name(model)))
     with torch.device("meta"):
-        hf_model = transformers.DeepseekV3ForCausalLM(hf_config)
+        hf_model = getattr(transformers, f"{architecture.name}ForCausalLM")(hf_config)
     ours = model.state_dict()
-    tensors = {piece.name: piece.of(ours[piece.target]).detach().clone() for piece in v3_pieces(config, stacked=True)}
+    tensors = {piece.name: piece.of(ours[piece.target]).detach().clone() for piece in architecture.pieces(config, stacked=True)}
     hf_model.load_state_dict(tensors, strict=True, assign=True)
-    rotary = hf_model.model.rotary_emb  # its buffers are in no state_dict
-    hf_model.model.rotary_emb = type(rotary)(hf_config).to(model.embed.weight.device)
+    for name, module in list(hf_model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):  # rotary tables, which are in no state_dict
+            hf_model.set_submodule(name, type(module)(hf_config).to(model.embed.weight.device))
     return hf_model.train(model.training)
 
 
-def _transformers() -> Any:
+def require_transformers() -> Any:
     try:
         import transformers
     except ImportError:
@@ -114,6 +119,7 @@ class Inspected(NamedTuple):
     """What an import of a folder will bring. No weight has been read."""
 
     config: ModelConfig
+    pieces: list[Piece]
     headers: dict[str, Header]
     num_parameters: int
     num_bytes: int  # of the model
@@ -125,33 +131,41 @@ def inspect_hf(folder: str | Path) -> Inspected:
     """Check configuration, names, shapes and dtypes. ConfigError or CheckpointError says what is in the way."""
     folder = standing(Path(folder).expanduser())
     data = read_json(folder / CONFIG_FILE)
-    config, headers, unknown = config_from_v3(data), read_headers(folder), ignored_keys(data)
+    architecture = reading(data)
+    config, headers, unknown = architecture.read(data), read_headers(folder), architecture.ignored_keys(data)
     notes = [f"{CONFIG_FILE} has keys byrote does not know, whose meaning is lost: {', '.join(unknown)}"] if unknown else []
     if config.mtp and not any(name.startswith(_mtp_prefixes(config)) for name in headers):
         notes.append(f"{CONFIG_FILE} announces {mtp_layers(data)} MTP layers and the files hold none: imported without")
-        config = config_from_v3({**data, "num_nextn_predict_layers": 0})
-    pieces, model = v3_pieces(config), _skeleton(config)
+        config = architecture.read({**data, "num_nextn_predict_layers": 0})
+    pieces, model = _layout(architecture, config, headers), _skeleton(config)
     _check_names(pieces, headers, str(folder))
     _check_shapes(pieces, model, {name: header.shape for name, header in headers.items()}, str(folder))
-    _check_dtypes(pieces, headers, str(folder))
+    _check_dtypes(pieces, model, headers, str(folder))
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Inspected(config, headers, num_parameters, _num_bytes(pieces, headers), (folder / TOKENIZER_FILE).exists(), notes)
+    return Inspected(config, pieces, headers, num_parameters, _num_bytes(pieces, headers), (folder / TOKENIZER_FILE).exists(), notes)
 
 
 def import_hf(folder: str | Path, *, report: Report = _say_nothing) -> Model:
-    """Read a DeepSeek-V3 folder into a model on the CPU, tensor by tensor; `report` hears how far it is.
+    """Read a folder of one of the `architectures` into a model on the CPU, tensor by tensor; `report` hears how far it is.
 
     Raises what `inspect_hf` raises, before any weight is read, and CapacityError if the model does not fit into memory.
     """
     folder = standing(Path(folder).expanduser())
     found = inspect_hf(folder)
     check_memory(found.num_bytes, f"importing {folder}")
-    pieces = v3_pieces(found.config)
+    pieces = found.pieces
     copies = {piece.name for piece in pieces if piece.is_copy}
     read = {name: header for name, header in found.headers.items() if name not in copies}
     model = _filled(_skeleton(found.config), pieces, _counted(stream(folder, read), len(read), report))
     _check_copies(model, pieces, stream(folder, {name: found.headers[name] for name in copies if name in found.headers}))
     return model
+
+
+def _layout(architecture: Architecture, config: ModelConfig, given: Iterable[str]) -> list[Piece]:
+    """The release's names or transformers' own, whichever more of the given tensors have."""
+    names = set(given)
+    layouts = [architecture.pieces(config, stacked=stacked) for stacked in (False, True)]
+    return max(layouts, key=lambda pieces: len(names & {piece.name for piece in pieces}))
 
 
 def import_tokenizer(folder: str | Path, config: ModelConfig) -> Tokenizer:
@@ -190,7 +204,7 @@ def _counted(tensors: Iterable[tuple[str, Tensor]], total: int, report: Report) 
 def _num_bytes(pieces: list[Piece], headers: Mapping[str, Header]) -> int:
     """Of the model, which holds no copies."""
     owned = (headers[piece.name] for piece in pieces if not piece.is_copy)
-    return sum(math.prod(header.shape) * DTYPES[header.dtype].itemsize for header in owned)
+    return sum(math.prod(header.shape) * (DTYPES | WHOLE_DTYPES)[header.dtype].itemsize for header in owned)
 
 
 def _mtp_prefixes(config: ModelConfig) -> tuple[str, ...]:
@@ -219,13 +233,14 @@ def _check_shapes(pieces: list[Piece], model: Model, shapes: Mapping[str, tuple[
         raise CheckpointError(f"{where} does not fit its configuration: {listing(wrong)}; check the widths in {CONFIG_FILE}")
 
 
-def _check_dtypes(pieces: list[Piece], headers: Mapping[str, Header], where: str) -> None:
-    """One dtype for each of our tensors, and one that byrote computes in."""
+def _check_dtypes(pieces: list[Piece], model: Model, headers: Mapping[str, Header], where: str) -> None:
+    """One dtype for each of our tensors, and one that byrote computes in (whole numbers where ours are)."""
     first: dict[str, str] = {}
-    problems = []
+    tensors, problems = model.state_dict(), []
     for piece in pieces:
-        dtype = headers[piece.name].dtype if piece.name in headers else next(iter(DTYPES))
-        if dtype not in DTYPES:
+        allowed = DTYPES if tensors[piece.target].is_floating_point() else WHOLE_DTYPES
+        dtype = headers[piece.name].dtype if piece.name in headers else next(iter(allowed))
+        if dtype not in allowed:
             problems.append(f"{piece.name} is {dtype}")
         elif not piece.is_copy and first.setdefault(piece.target, dtype) != dtype:
             problems.append(f"{piece.name} is {dtype} and what it is joined with {first[piece.target]}")
@@ -276,13 +291,14 @@ class Export(NamedTuple):
 
 
 def plan_export(model: Model, tokenizer: Tokenizer | None, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> Export:
-    """What `export_hf` would write. ConfigError names every part that V3 cannot express."""
+    """What `export_hf` would write. ConfigError names every part that the architecture cannot express."""
+    architecture = writing(model.config)
     ids = (None, None) if tokenizer is None else (tokenizer.begin_id, tokenizer.end_id)
-    config = config_to_v3(model.config, _dtype_name(model), *ids)
+    config = architecture.write(model.config, _dtype_name(model), *ids)
     if tokenizer is not None:
         _check_vocabulary(tokenizer, model.config)
     ours = model.state_dict()
-    tensors = {piece.name: piece.of(ours[piece.target]) for piece in v3_pieces(model.config)}
+    tensors = {piece.name: piece.of(ours[piece.target]) for piece in architecture.pieces(model.config)}
     parts = shards(tensors, max_shard_bytes)
     files = [CONFIG_FILE, *file_names(len(parts)), *([INDEX] if len(parts) > 1 else [])]
     return Export(config, parts, files + ([] if tokenizer is None else [TOKENIZER_FILE, TOKENIZER_CONFIG_FILE]))
@@ -299,7 +315,7 @@ def export_hf(
 ) -> Export:
     """Write config.json, safetensors and tokenizer files in the release's names, MTP included; returns what was written.
 
-    The folder appears, or is replaced, whole or not at all. ConfigError if V3 cannot express the model or the folder may not be
+    The folder appears, or is replaced, whole or not at all. ConfigError if no architecture can express the model or the folder may not be
     replaced, CapacityError if the disk is too small.
     """
     plan = plan_export(model, tokenizer, max_shard_bytes=max_shard_bytes)
@@ -314,7 +330,7 @@ def export_hf(
 
 
 def check_target(folder: str | Path, overwrite: bool = False) -> Path:
-    """The absolute path of a folder that may be written: absent, empty, or with `overwrite` one that holds a V3 model."""
+    """The absolute path of a folder that may be written: absent, empty, or with `overwrite` one that holds such a model."""
     folder = Path(folder).expanduser().resolve()
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; name a folder that does not exist yet")
@@ -322,8 +338,9 @@ def check_target(folder: str | Path, overwrite: bool = False) -> Path:
         return folder
     if not overwrite:
         raise ConfigError(f"{folder} is not empty; name another folder, or replace the export in it with --overwrite (overwrite=True)")
-    if not (folder / CONFIG_FILE).exists() or read_json(folder / CONFIG_FILE).get("model_type") != MODEL_TYPE:
-        raise ConfigError(f"{folder} is not empty and holds no {MODEL_TYPE} model, so it is not overwritten; name another folder")
+    if not (folder / CONFIG_FILE).exists() or read_json(folder / CONFIG_FILE).get("model_type") not in ARCHITECTURES:
+        known = " or ".join(ARCHITECTURES)
+        raise ConfigError(f"{folder} is not empty and holds no {known} model, so it is not overwritten; name another folder")
     return folder
 
 

@@ -23,7 +23,8 @@ from byrote.checkpoint.tensors import tensor_bytes, tensor_file
 from byrote.errors import CheckpointError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of weights
+WHOLE_DTYPES = {"I64": torch.int64}  # of tables of ids
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 

@@ -63,21 +63,21 @@ _ROPE_NEUTRAL = {"partial_rotary_factor": (None, 1), "truncate": (None, True), "
 def config_from_v3(data: Mapping[str, Any]) -> ModelConfig:
     """Raises ConfigError for another model type, a missing key, or a value byrote cannot honour."""
     _check_fixed(data)
-    layers, depth = _integer(data, "num_hidden_layers"), mtp_layers(data)
+    layers, depth = integer(data, "num_hidden_layers"), mtp_layers(data)
     eps = _number(data, "rms_norm_eps", LATENT_NORM_EPS)
     return ModelConfig(
-        vocab_size=_integer(data, "vocab_size"),
-        dim=_integer(data, "hidden_size"),
+        vocab_size=integer(data, "vocab_size"),
+        dim=integer(data, "hidden_size"),
         num_layers=layers,
         attention=_attention(data, None if eps == LATENT_NORM_EPS else LATENT_NORM_EPS),
-        ffn_hidden=_integer(data, "intermediate_size"),
-        max_positions=_integer(data, "max_position_embeddings"),
-        moe=_moe(data) if _integer(data, "first_k_dense_replace") < layers + depth else None,
+        ffn_hidden=integer(data, "intermediate_size"),
+        max_positions=integer(data, "max_position_embeddings"),
+        moe=_moe(data) if integer(data, "first_k_dense_replace") < layers + depth else None,
         residual=ResidualConfig(kind="plain"),
         mtp=MTPConfig(depth=depth) if depth else None,
         norm_eps=eps,
         init_std=_number(data, "initializer_range", 0.02),
-        pad_token=None if data.get("pad_token_id") is None else _integer(data, "pad_token_id"),
+        pad_token=None if data.get("pad_token_id") is None else integer(data, "pad_token_id"),
     )
 
 
@@ -89,12 +89,12 @@ def ignored_keys(data: Mapping[str, Any]) -> list[str]:
 def mtp_layers(data: Mapping[str, Any]) -> int:
     """How many MTP modules a config.json announces."""
     key = "num_nextn_predict_layers" if "num_nextn_predict_layers" in data else "num_mtp_layers"
-    return _integer(data, key) if data.get(key) is not None else 0
+    return integer(data, key) if data.get(key) is not None else 0
 
 
 def _check_fixed(data: Mapping[str, Any]) -> None:
     if data.get("model_type") != MODEL_TYPE:
-        raise ConfigError(f"model_type is {data.get('model_type')!r}; byrote imports {MODEL_TYPE!r} and nothing else yet")
+        raise ConfigError(f"model_type is {data.get('model_type')!r}, not {MODEL_TYPE!r}")
     odd = {key: advice for key, (value, advice) in FIXED.items() if data.get(key, value) != value}
     problems = [f"{key} is {data[key]!r}, not {FIXED[key][0]!r}: {advice}" for key, advice in odd.items()]
     heads, kv_heads = data.get("num_attention_heads"), data.get("num_key_value_heads")
@@ -106,31 +106,31 @@ def _check_fixed(data: Mapping[str, Any]) -> None:
 
 def _attention(data: Mapping[str, Any], latent_norm_eps: float | None) -> MLAConfig:
     return MLAConfig(
-        num_heads=_integer(data, "num_attention_heads"),
-        kv_lora_rank=_integer(data, "kv_lora_rank"),
-        qk_nope_head_dim=_integer(data, "qk_nope_head_dim"),
-        qk_rope_head_dim=_integer(data, "qk_rope_head_dim"),
-        v_head_dim=_integer(data, "v_head_dim"),
-        q_lora_rank=None if _value(data, "q_lora_rank") is None else _integer(data, "q_lora_rank"),
+        num_heads=integer(data, "num_attention_heads"),
+        kv_lora_rank=integer(data, "kv_lora_rank"),
+        qk_nope_head_dim=integer(data, "qk_nope_head_dim"),
+        qk_rope_head_dim=integer(data, "qk_rope_head_dim"),
+        v_head_dim=integer(data, "v_head_dim"),
+        q_lora_rank=None if _value(data, "q_lora_rank") is None else integer(data, "q_lora_rank"),
         latent_norm_eps=latent_norm_eps,
         rope=_rope(data),
     )
 
 
 def _moe(data: Mapping[str, Any]) -> MoEConfig:
-    shared = _integer(data, "n_shared_experts")
+    shared = integer(data, "n_shared_experts")
     if shared < 1:
         raise ConfigError("n_shared_experts is 0; V3 has at least one shared expert")
     return MoEConfig(
-        num_experts=_integer(data, "n_routed_experts"),
-        top_k=_integer(data, "num_experts_per_tok"),
-        expert_hidden=_integer(data, "moe_intermediate_size"),
+        num_experts=integer(data, "n_routed_experts"),
+        top_k=integer(data, "num_experts_per_tok"),
+        expert_hidden=integer(data, "moe_intermediate_size"),
         num_shared=shared,
-        num_groups=_integer(data, "n_group"),
-        top_groups=_integer(data, "topk_group"),
+        num_groups=integer(data, "n_group"),
+        top_groups=integer(data, "topk_group"),
         normalize_gate=_flag(data, "norm_topk_prob"),
         route_scale=_number(data, "routed_scaling_factor"),
-        num_dense_layers=_integer(data, "first_k_dense_replace"),
+        num_dense_layers=integer(data, "first_k_dense_replace"),
     )
 
 
@@ -144,7 +144,7 @@ def _rope(data: Mapping[str, Any]) -> RopeConfig:
     if odd:
         raise ConfigError(f"byrote cannot honour these rope parameters: {', '.join(f'{key} = {given[key]!r}' for key in odd)}")
     layout = "interleaved" if "rope_interleave" not in data or _flag(data, "rope_interleave") else "half"
-    return RopeConfig(theta=theta, layout=layout, yarn=_yarn(given, _integer(data, "max_position_embeddings")) if kind == "yarn" else None)
+    return RopeConfig(theta=theta, layout=layout, yarn=_yarn(given, integer(data, "max_position_embeddings")) if kind == "yarn" else None)
 
 
 def _yarn(given: Mapping[str, Any], max_positions: int) -> YarnConfig:
@@ -169,7 +169,7 @@ def _value(data: Mapping[str, Any], key: str) -> Any:
     return data[key]
 
 
-def _integer(data: Mapping[str, Any], key: str) -> int:
+def integer(data: Mapping[str, Any], key: str) -> int:
     value = _value(data, key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ConfigError(f"config.json: {key} is {value!r}; it must be a whole number, 0 or more")
@@ -263,13 +263,20 @@ def _rope_scaling(yarn: YarnConfig) -> dict[str, Any]:
 
 def check_expressible(config: ModelConfig) -> None:
     """Raises ConfigError that names each part V3 has no words for, and what to do."""
-    problems = [*_foreign_parts(config), *_foreign_attention(config), *([] if config.moe is None else _foreign_experts(config.moe))]
+    refuse("DeepSeek-V3", foreign_parts(config))
+
+
+def refuse(architecture: str, problems: list[str]) -> None:
     if problems:
         listed = "".join(f"\n  - {problem}" for problem in problems)
-        raise ConfigError(f"DeepSeek-V3 cannot express this model; byrote's own checkpoint (byrote.save) can.{listed}")
+        raise ConfigError(f"{architecture} cannot express this model; byrote's own checkpoint (byrote.save) can.{listed}")
 
 
-def _foreign_parts(config: ModelConfig) -> list[str]:
+def foreign_parts(config: ModelConfig) -> list[str]:
+    return [*_foreign_streams(config), *_foreign_attention(config), *([] if config.moe is None else _foreign_experts(config.moe))]
+
+
+def _foreign_streams(config: ModelConfig) -> list[str]:
     problems = []
     if config.residual.kind != "plain":
         problems.append(f"residual.kind is {config.residual.kind!r} and V3 has one plain stream: train with --model.residual.kind plain")
@@ -284,7 +291,7 @@ def _foreign_parts(config: ModelConfig) -> list[str]:
 def _foreign_attention(config: ModelConfig) -> list[str]:
     attention, problems = config.attention, []
     if not isinstance(attention, MLAConfig):
-        return ["attention is V4's and V3 has MLA: train with an MLA configuration"]
+        return ["attention is not one MLA for all blocks, as V3 has it: train with an MLA configuration"]
     eps = config.norm_eps if attention.latent_norm_eps is None else attention.latent_norm_eps
     if eps != LATENT_NORM_EPS:
         advice = "train with --model.attention.latent_norm_eps 1e-6"

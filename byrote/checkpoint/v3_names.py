@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from byrote.model.config import ModelConfig
+from byrote.model.config import MLAConfig, ModelConfig
 
 
 class Piece(NamedTuple):
@@ -74,7 +74,9 @@ def _mtp(config: ModelConfig, depth: int, stacked: bool) -> Iterator[Piece]:
 
 
 def _block(config: ModelConfig, layer: int, v3: str, ours: str, stacked: bool) -> Iterator[Piece]:
-    absent = _LOW_RANK if config.attention.q_lora_rank is None else _FULL_RANK
+    attention = config.attention
+    assert isinstance(attention, MLAConfig), "checked where the configuration is read"
+    absent = _LOW_RANK if attention.q_lora_rank is None else _FULL_RANK
     yield Piece(f"{v3}input_layernorm.weight", f"{ours}attn_norm.weight")
     for name, target in _ATTENTION.items():
         if name not in absent:

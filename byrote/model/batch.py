@@ -3,10 +3,18 @@
 Documents: a number per token, −1 is padding, None means that every row is one document. Attention, positions, n-grams and the
 Engram convolution stop where the number changes. In a `Batch` they are numbered by their runs (`documents.py`).
 
+What kinds of attention need of it in forms of their own (cosines and sines, a mask) is made when first asked for and kept for
+the other blocks of the call.
+
+    place       tokens of the same document before this one: what windows and groups are counted by
+    position    what rotary embeddings turn by: the place, unless the caller gave another
+
 Shapes: B batch, T tokens of this call, S keys (T plus what the state held before).
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,51 +22,77 @@ from torch import Tensor
 from byrote.errors import ConfigError
 from byrote.kernels.cross_entropy import IGNORE
 from byrote.memory.conditional import Rows
+from byrote.model.config import RopeConfig
 from byrote.model.documents import document_positions
-from byrote.model.rope import Rotation
-from byrote.model.state import DecodeState
+from byrote.model.rope import Rotation, rotation
+from byrote.model.state import DecodeState, Track
+
+if TYPE_CHECKING:
+    from byrote.model.voice import Voice
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
     tokens_BT: Tensor
     document_BT: Tensor | None
     keys_document_BS: Tensor | None  # documents of all keys
     position_BT: Tensor
-    turn: Rotation
-    mask_B1TS: Tensor | None  # True where a query may look; None: see `causal`
-    causal: bool
-    rows: Rows | None
-    state: DecodeState | None
+    place_BT: Tensor
+    keys: int  # S
+    rows: Rows | None = None
+    state: DecodeState | None = None
+    voices: tuple["Voice", ...] = ()  # of attached packs
+    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made once a call."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def turn(self, dim: int, rope: RopeConfig) -> Rotation:
+        """Cosines and sines of the tokens' positions for `dim` rotary channels."""
+        turn: Rotation = self.once((dim, rope), lambda: rotation(self.position_BT, dim, rope))
+        return turn
+
+    def mask(self) -> tuple[Tensor | None, bool]:
+        """(mask_B1TS, causal) for `kernels.attention`: True where a query may look; None: see `causal`."""
+        queries, device = self.tokens_BT.shape[1], self.tokens_BT.device
+        pair: tuple[Tensor | None, bool] = self.once(
+            "mask", lambda: attention_mask(self.document_BT, self.keys_document_BS, queries, self.keys, device)
+        )
+        return pair
 
     def without_memory(self, sequences: int) -> "Batch":
-        """The first `sequences` sequences, for blocks that read no memory (MTP)."""
+        """The first `sequences` sequences of a whole text, for blocks that read no memory (MTP)."""
         part = slice(sequences)
-        return self._replace(
+        return Batch(
             tokens_BT=self.tokens_BT[part],
             document_BT=None if self.document_BT is None else self.document_BT[part],
             keys_document_BS=None if self.keys_document_BS is None else self.keys_document_BS[part],
             position_BT=self.position_BT[part],
-            turn=Rotation(self.turn.cos[part], self.turn.sin[part]),
-            mask_B1TS=None if self.mask_B1TS is None else self.mask_B1TS[part],
-            rows=None,
+            place_BT=self.place_BT[part],
+            keys=self.keys,
         )
 
 
-def positions(tokens_BT: Tensor, document_BT: Tensor | None, state: DecodeState | None) -> Tensor:
-    """Positions inside each document, going on from the state's last token where its document goes on."""
-    batch, length = tokens_BT.shape
+def count_on(tokens_BT: Tensor, document_BT: Tensor | None, state: DecodeState | None, earlier: Track | None) -> Tensor:
+    """Numbers 0, 1, … inside each document, going on from the last of `earlier` where the state's last document goes on."""
+    length = tokens_BT.shape[1]
+    if state is None or earlier is None or state.length == 0 or length == 0:
+        return _from_zero(tokens_BT, document_BT)
+    next_B1 = earlier.all()[:, -1:] + 1
     if document_BT is None:
-        fresh = torch.arange(length, device=tokens_BT.device).expand(batch, length)
-    else:
-        fresh = document_positions(document_BT)
-    if state is None or state.length == 0 or length == 0:
-        return fresh
-    next_B1 = state.positions.all()[:, -1:] + 1
-    if document_BT is None:
-        return fresh + next_B1
+        return next_B1 if length == 1 else next_B1 + _from_zero(tokens_BT, None)
     last_B1 = torch.zeros_like(next_B1) if state.documents is None else state.documents.all()[:, -1:]
     leading_BT = (document_BT == last_B1).to(torch.int64).cumprod(dim=1)
-    return fresh + leading_BT * next_B1
+    return _from_zero(tokens_BT, document_BT) + leading_BT * next_B1
+
+
+def _from_zero(tokens_BT: Tensor, document_BT: Tensor | None) -> Tensor:
+    if document_BT is not None:
+        return document_positions(document_BT)
+    return torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand(tokens_BT.shape)
 
 
 def attention_mask(

@@ -1,13 +1,16 @@
 """What a model is: frozen dataclasses, one per part, and nothing derived from a device.
 
 Every part can be switched off or exchanged here: `moe=None` is a dense model, `residual.kind` picks mHC, HC or the plain
-residual, `engram=None` is a model without memory, `mtp=None` one without multi-token prediction. Layer ids are 0-based
-block indices. The named presets live in `byrote.model.presets`, sizes and costs in `byrote.model.count`.
+residual, `engram=None` is a model without memory, `mtp=None` one without multi-token prediction, and `attention` is one kind for
+all blocks or a tuple with one for each. Layer ids are 0-based block indices. The named presets live in `byrote.model.presets`,
+sizes and costs in `byrote.model.count`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from byrote.errors import ConfigError
+
+CSA_RATIO, HCA_RATIO = 4, 128  # tokens behind one compressed entry of V4
 
 
 def _require(condition: bool, message: str) -> None:
@@ -62,9 +65,36 @@ class MLAConfig:
         _require(self.qk_rope_head_dim % 2 == 0, f"attention.qk_rope_head_dim is {self.qk_rope_head_dim}; it must be even")
 
 
+INDEX_STAGES = ("sparse", "dense_warmup")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DSAConfig:
+    """DeepSeek sparse attention (V3.2): an indexer picks, for every query, the keys that latent attention reads."""
+
+    mla: MLAConfig
+    index_num_heads: int
+    index_head_dim: int  # of an index query and key; its first mla.qk_rope_head_dim channels carry position, in half layout
+    index_top_k: int  # keys a query keeps
+    index_hadamard: bool = False  # turn index queries and keys by a Hadamard matrix, as the release does before FP8
+    index_fp8: bool = False  # round index queries and keys to FP8 and back
+    index_stage: str = "sparse"  # "dense_warmup": attend densely and let the indexer learn the whole distribution
+
+    def __post_init__(self) -> None:
+        _check_index(self.index_num_heads, self.index_top_k, self.index_stage)
+        _require(
+            self.index_head_dim >= self.mla.qk_rope_head_dim,
+            f"attention.index_head_dim is {self.index_head_dim}; its rotary part alone has {self.mla.qk_rope_head_dim} channels",
+        )
+        width = self.index_head_dim
+        _require(
+            not self.index_hadamard or width & (width - 1) == 0, f"attention.index_hadamard needs a power of two; index_head_dim is {width}"
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class V4AttentionConfig:
-    """Shapes of V4's window plus compressed attention (arXiv 2606.19348 §2.3): can be planned, not yet trained.
+    """V4's window plus compressed attention (arXiv 2606.19348 §2.3).
 
     Ratio 0 is the window alone; 4 is CSA (overlapping groups of four tokens, an indexer picks among them); 128 is HCA
     (every group of 128 tokens is read). MTP blocks use the window alone.
@@ -77,16 +107,40 @@ class V4AttentionConfig:
     o_groups: int  # heads fall into this many groups, each with its own first output projection …
     o_lora_rank: int  # … to this width
     sliding_window: int
-    compress_ratios: tuple[int, ...]  # one per block
+    compress_ratios: tuple[int, ...]  # one per block; a single one serves whatever block it is given to
     index_num_heads: int
-    index_head_dim: int
+    index_head_dim: int  # its last rope_head_dim channels carry position
     index_top_k: int  # compressed entries a query keeps in a CSA block
-    num_hash_layers: int = 0  # leading blocks whose experts are looked up by token id
+    index_stage: str = "sparse"  # "dense_warmup": read every entry and let the indexer learn the whole distribution
+    rope: RopeConfig = field(default_factory=RopeConfig)  # of blocks with the window alone
+    compress_rope: RopeConfig = field(default_factory=lambda: RopeConfig(theta=160_000.0))  # of blocks with compressed entries
 
     def __post_init__(self) -> None:
-        odd = sorted(set(self.compress_ratios) - {0, 4, 128})
-        _require(not odd, f"attention.compress_ratios contains {odd}; allowed: 0 (window), 4 (CSA), 128 (HCA)")
+        _check_index(self.index_num_heads, self.index_top_k, self.index_stage)
+        odd = sorted(set(self.compress_ratios) - {0, CSA_RATIO, HCA_RATIO})
+        _require(not odd, f"attention.compress_ratios contains {odd}; allowed: 0 (window), {CSA_RATIO} (CSA), {HCA_RATIO} (HCA)")
         _require(self.num_heads % self.o_groups == 0, f"attention.o_groups {self.o_groups} must divide num_heads {self.num_heads}")
+        _require(self.sliding_window > 0, f"attention.sliding_window is {self.sliding_window}; a query sees at least itself, so 1 or more")
+        narrowest = min(self.head_dim, self.index_head_dim)
+        fits = self.rope_head_dim % 2 == 0 and self.rope_head_dim <= narrowest
+        _require(
+            fits, f"attention.rope_head_dim is {self.rope_head_dim}; it must be even and at most {narrowest} (head_dim, index_head_dim)"
+        )
+
+    @property
+    def ratio(self) -> int:
+        """The compression ratio of a block's own configuration (`ModelConfig.attention_of`)."""
+        assert len(self.compress_ratios) == 1, "a configuration of many blocks has no one ratio; ask attention_of(layer)"
+        return self.compress_ratios[0]
+
+
+AttentionConfig = MLAConfig | DSAConfig | V4AttentionConfig
+
+
+def _check_index(num_heads: int, top_k: int, stage: str) -> None:
+    _one_of("attention.index_stage", stage, INDEX_STAGES)
+    for name, value in {"index_num_heads": num_heads, "index_top_k": top_k}.items():
+        _require(value > 0, f"attention.{name} is {value}; it must be positive")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,6 +159,7 @@ class MoEConfig:
     bias_rate: float = 0.001  # γ: step of the balancing bias
     balance_alpha: float = 0.0001  # α of the sequence-wise balance loss; 0 switches it off
     num_dense_layers: int = 1  # leading blocks with a dense feed-forward instead
+    num_hash_layers: int = 0  # leading blocks whose experts are looked up by token id (V4)
 
     def __post_init__(self) -> None:
         _one_of("moe.score", self.score, ("sigmoid", "sqrt_softplus"))
@@ -198,11 +253,12 @@ class MTPConfig:
     """Multi-token prediction (V3 §2.2): `depth` extra blocks in sequence, sharing embedding and head."""
 
     depth: int = 1
+    form: str = "joined"  # "joined": one projection of embedding and hidden state (V3); "streams": one each, added per stream (V4)
     loss_weight: float = 0.3  # λ; a schedule in the run may change it over time
-
     train_fraction: float = 1.0  # share of a batch's sequences that MTP trains on: the head again is half the cost of a tiny model
 
     def __post_init__(self) -> None:
+        _one_of("mtp.form", self.form, ("joined", "streams"))
         _require(self.depth >= 1, f"mtp.depth is {self.depth}; it must be at least 1 (mtp = none switches it off)")
         _require(0 < self.train_fraction <= 1, f"mtp.train_fraction is {self.train_fraction}; it must lie above 0 and at most at 1")
 
@@ -212,7 +268,7 @@ class ModelConfig:
     vocab_size: int
     dim: int
     num_layers: int
-    attention: MLAConfig | V4AttentionConfig
+    attention: AttentionConfig | tuple[AttentionConfig, ...]  # one for all blocks, or one per block
     ffn_hidden: int  # width of a dense SwiGLU
     max_positions: int = 4096
     moe: MoEConfig | None = None
@@ -227,14 +283,34 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "num_layers", "ffn_hidden", "max_positions"):
             _require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
-        if isinstance(self.attention, V4AttentionConfig):
-            listed = len(self.attention.compress_ratios)
-            _require(listed == self.num_layers, f"attention.compress_ratios has {listed} entries; num_layers is {self.num_layers}")
+        self._check_attention()
         if self.engram is not None:
             outside = [layer for layer in self.engram.layers if not 0 <= layer < self.num_layers]
             _require(not outside, f"engram.layers names block {outside}; the model has blocks 0..{self.num_layers - 1}")
             pad = self.engram.pad_token
             _require(0 <= pad < self.vocab_size, f"engram.pad_token is {pad}; the vocabulary is 0..{self.vocab_size - 1}")
+
+    def _check_attention(self) -> None:
+        if isinstance(self.attention, tuple):
+            listed = len(self.attention)
+            _require(listed == self.num_layers, f"attention lists {listed} blocks; num_layers is {self.num_layers}")
+        for part in self.attention if isinstance(self.attention, tuple) else (self.attention,):
+            if isinstance(part, V4AttentionConfig) and len(part.compress_ratios) != 1:
+                listed = len(part.compress_ratios)
+                _require(listed == self.num_layers, f"attention.compress_ratios has {listed} entries; num_layers is {self.num_layers}")
+
+    def attention_of(self, layer: int) -> AttentionConfig:
+        """The attention of one block, V4's with its one ratio. MTP blocks are as the last block, V4's with the window alone."""
+        inside = min(layer, self.num_layers - 1)
+        kind = self.attention[inside] if isinstance(self.attention, tuple) else self.attention
+        if not isinstance(kind, V4AttentionConfig):
+            return kind
+        ratio = kind.compress_ratios[inside if len(kind.compress_ratios) > 1 else 0]
+        return replace(kind, compress_ratios=(ratio if layer == inside else 0,))
+
+    def is_hashed(self, layer: int) -> bool:
+        """Whether block `layer` looks its experts up by token id."""
+        return self.moe is not None and self.is_moe(layer) and layer < min(self.moe.num_hash_layers, self.num_layers)
 
     def is_moe(self, layer: int) -> bool:
         """Whether block `layer` has experts (MTP blocks count on from num_layers and follow the same rule)."""

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from byrote.memory.ngram import table_primes
-from byrote.model.config import MLAConfig, ModelConfig, V4AttentionConfig
+from byrote.model.config import CSA_RATIO, AttentionConfig, DSAConfig, MLAConfig, ModelConfig, V4AttentionConfig
 
 Parts = Counter[str]
 
@@ -42,7 +42,6 @@ MATRIX_PARTS = frozenset(
 # Parts with no multiply-add per number; "residual" is counted by what it does, see `_residual_work`.
 _NO_WORK = frozenset(("embedding", "norms", "attention_biases", "residual"))
 VOCABULARY_WORDS = {2: "twice", 1: "once", 0: "not at all"}  # how often a total counts the vocabulary matrix
-_CSA = 4  # ratio of V4 blocks that compress with overlap and pick entries with an indexer
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -99,11 +98,11 @@ def table_rows(config: ModelConfig) -> tuple[int, ...]:
 
 def count_buffers(config: ModelConfig) -> int:
     """Numbers kept but not trained by gradients: balancing biases, and the expert tables of V4's hash-routed blocks."""
-    moe, attention = config.moe, config.attention
+    moe = config.moe
     if moe is None:
         return 0
     mtp_depth = 0 if config.mtp is None else config.mtp.depth
-    hashed = attention.num_hash_layers if isinstance(attention, V4AttentionConfig) else 0
+    hashed = sum(config.is_hashed(layer) for layer in range(config.num_layers))
     routed = sum(config.is_moe(layer) for layer in range(config.num_layers + mtp_depth))
     return (routed - hashed) * moe.num_experts + hashed * moe.top_k * config.vocab_size
 
@@ -144,9 +143,17 @@ def _block(config: ModelConfig, layer: int) -> Parts:
 
 
 def _attention(config: ModelConfig, layer: int) -> Parts:
-    if isinstance(config.attention, MLAConfig):
-        return _mla(config.attention, config.dim)
-    return _v4_attention(config.attention, config.dim, _ratio(config.attention, layer))
+    attention = config.attention_of(layer)
+    if isinstance(attention, V4AttentionConfig):
+        return _v4_attention(attention, config.dim, attention.ratio)
+    return _mla(attention, config.dim) if isinstance(attention, MLAConfig) else _dsa(attention, config.dim)
+
+
+def _dsa(dsa: DSAConfig, dim: int) -> Parts:
+    """Latent attention, and V3.2's indexer: queries from the low-rank query, one key with a LayerNorm, a weight per head."""
+    width = dsa.index_num_heads * dsa.index_head_dim
+    indexer = (dsa.mla.q_lora_rank or dim) * width + dim * (dsa.index_head_dim + dsa.index_num_heads)
+    return _mla(dsa.mla, dim) + Parts(indexer=indexer, norms=2 * dsa.index_head_dim)
 
 
 def _mla(mla: MLAConfig, dim: int) -> Parts:
@@ -166,19 +173,15 @@ def _v4_attention(v4: V4AttentionConfig, dim: int, ratio: int) -> Parts:
     parts = Parts(attention=query + v4.head_dim * dim + output, norms=v4.q_lora_rank + v4.head_dim, attention_biases=v4.num_heads)
     if ratio:
         parts += _compressor("compressor", v4.head_dim, dim, ratio)
-    if ratio == _CSA:
+    if ratio == CSA_RATIO:
         parts += _compressor("indexer", v4.index_head_dim, dim, ratio)
         parts["indexer"] += v4.index_num_heads * (v4.index_head_dim * v4.q_lora_rank + dim)
     return parts
 
 
 def _compressor(part: str, width: int, dim: int, ratio: int) -> Parts:
-    halves = 2 if ratio == _CSA else 1  # overlapping groups: one half of the channels for each group a token serves
+    halves = 2 if ratio == CSA_RATIO else 1  # overlapping groups: one half of the channels for each group a token serves
     return Parts({part: 2 * halves * width * dim, "attention_biases": ratio * halves * width, "norms": width})
-
-
-def _ratio(v4: V4AttentionConfig, layer: int) -> int:
-    return v4.compress_ratios[layer] if layer < len(v4.compress_ratios) else 0
 
 
 def _feed_forward(config: ModelConfig, layer: int) -> Parts:
@@ -255,14 +258,18 @@ def training_flops(config: ModelConfig, sequence: int) -> float:
 
 
 def _score_work(config: ModelConfig, layer: int, sequence: int) -> float:
-    """Multiply-adds of scores and weighted values (and of V4's index scores) of one block."""
-    attention = config.attention
+    """Multiply-adds of scores and weighted values (and of index scores) of one block."""
+    attention = config.attention_of(layer)
     if isinstance(attention, MLAConfig):
         return attention.num_heads * (attention.qk_head_dim + attention.v_head_dim) * mean_entries(sequence)
-    ratio, keys, index = _ratio(attention, layer), mean_entries(sequence, limit=attention.sliding_window), 0.0
+    if isinstance(attention, DSAConfig):
+        mla, keys = attention.mla, mean_entries(sequence, limit=attention.index_top_k)
+        index = attention.index_num_heads * attention.index_head_dim * mean_entries(sequence)
+        return mla.num_heads * (mla.qk_head_dim + mla.v_head_dim) * keys + index
+    ratio, keys, index = attention.ratio, mean_entries(sequence, limit=attention.sliding_window), 0.0
     if ratio:
-        keys += mean_entries(sequence, ratio, attention.index_top_k if ratio == _CSA else None)
-    if ratio == _CSA:
+        keys += mean_entries(sequence, ratio, attention.index_top_k if ratio == CSA_RATIO else None)
+    if ratio == CSA_RATIO:
         index = attention.index_num_heads * attention.index_head_dim * mean_entries(sequence, ratio)
     return attention.num_heads * 2 * attention.head_dim * keys + index
 
@@ -330,17 +337,29 @@ def table_read_bytes(config: ModelConfig) -> int:
 
 
 def cache_size(config: ModelConfig) -> CacheSize:
-    attention = config.attention
+    blocks = [_block_cache(config.attention_of(layer)) for layer in range(config.num_layers)]
+    return CacheSize(
+        numbers_per_token=sum(block.numbers_per_token for block in blocks),
+        bytes_per_token=sum(block.bytes_per_token for block in blocks),
+        bytes_fixed=sum(block.bytes_fixed for block in blocks),
+        layout=", ".join(dict.fromkeys(block.layout for block in blocks)),
+    )
+
+
+def _block_cache(attention: AttentionConfig) -> CacheSize:
     if isinstance(attention, MLAConfig):
-        numbers = config.num_layers * (attention.kv_lora_rank + attention.qk_rope_head_dim)
+        numbers = attention.kv_lora_rank + attention.qk_rope_head_dim
         return CacheSize(numbers, 2 * numbers, 0, "latent and rope key, bf16")
-    ratios = [ratio for ratio in attention.compress_ratios if ratio]
-    entries = sum(1 / ratio for ratio in ratios)
-    index_entries = sum(1 / ratio for ratio in ratios if ratio == _CSA)
+    if isinstance(attention, DSAConfig):
+        latent, index = _block_cache(attention.mla), attention.index_head_dim
+        return CacheSize(
+            latent.numbers_per_token + index, latent.bytes_per_token + index + 4, 0, "latent and rope key, bf16; index key, fp8"
+        )
+    per_token = 1 / attention.ratio if attention.ratio else 0.0
     entry, index = _v4_entry_bytes(attention)
-    window = config.num_layers * attention.sliding_window
-    numbers_v4 = entries * attention.head_dim + index_entries * attention.index_head_dim
-    return CacheSize(numbers_v4, entries * entry + index_entries * index, window * entry, "released V4: fp8 entries, fp4 index keys")
+    numbers = attention.head_dim + (attention.index_head_dim if attention.ratio == CSA_RATIO else 0)
+    size = entry + (index if attention.ratio == CSA_RATIO else 0)
+    return CacheSize(per_token * numbers, per_token * size, attention.sliding_window * entry, "released V4: fp8 entries, fp4 index keys")
 
 
 def _v4_entry_bytes(v4: V4AttentionConfig) -> tuple[int, int]:

@@ -31,6 +31,11 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.matmul: Matmul = functional.linear
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether no other product was injected, so that `weight` may be used directly."""
+        return self.matmul is functional.linear
+
     def forward(self, x: Tensor) -> Tensor:
         return self.matmul(x, self.weight)
 
@@ -45,7 +50,7 @@ class GroupedLinear(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether no other product was injected, so that `weight` may be used directly."""
+        """As of `Linear`."""
         return self.matmul is _grouped
 
     def forward(self, x_ND: Tensor, ends_E: Tensor) -> Tensor:

@@ -4,7 +4,8 @@
 
 Balancing: a bias per expert is added to its affinity for the choice only; after each optimizer step it moves by ±γ towards equal
 load (`update_bias`). A small sequence-wise loss α Σ f_e P_e guards single sequences. No capacity, no dropped token: tokens are
-sorted by expert and multiplied in one grouped product.
+sorted by expert and multiplied in one grouped product. V4's first blocks look a token's experts up by its id; the gate still weighs
+them.
 
 Shapes: B batch, T tokens, N = B·T, D model, E experts, K experts a token, F expert width.
 """
@@ -100,20 +101,24 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    def __init__(self, dim: int, config: MoEConfig, limit: float | None) -> None:
+    """With `vocabulary`, experts are chosen by token id (`table_VK`), without a bias."""
+
+    def __init__(self, dim: int, config: MoEConfig, limit: float | None, vocabulary: int | None = None) -> None:
         super().__init__()
         self.config = config
         self.router = nn.Parameter(torch.empty(config.num_experts, dim))
-        self.register_buffer("bias", torch.zeros(config.num_experts))
+        self.register_buffer("bias", None if vocabulary else torch.zeros(config.num_experts))
+        self.register_buffer("table_VK", torch.zeros(vocabulary, config.top_k, dtype=torch.int64) if vocabulary else None)
         self.experts = Experts(dim, config, limit)
         self.shared = FeedForward(dim, config.num_shared * config.expert_hidden, limit) if config.num_shared else None
         self.dispatcher: Dispatcher = LocalSort()
-        self.bias: Tensor
+        self.bias: Tensor | None
+        self.table_VK: Tensor | None
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """(output [B, T, D], notes: `scores` [B, T, E], `experts` [B, T, K], `load` [E])."""
+    def forward(self, x_BTD: Tensor, tokens_BT: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """(output [B, T, D], notes: `scores` [B, T, E] unless chosen by token id, `experts` [B, T, K], `load` [E])."""
         x_ND = x_BTD.flatten(0, 1)
-        choice, scores_NE = self._route(x_ND)
+        choice, scores_NE = self._route(x_ND, tokens_BT)
         load_E = torch.bincount(choice.experts_NK.flatten(), minlength=self.config.num_experts)
         if isinstance(self.dispatcher, LocalSort) and self.experts.can_take_few(x_ND.shape[0]):
             out_ND = self.experts.few(x_ND, choice)
@@ -122,18 +127,19 @@ class MoE(nn.Module):
             out_ND = self.dispatcher.combine(self.experts(sorted_.x_MD, sorted_.gates_M, sorted_.ends_E), sorted_, x_ND.shape[0])
         if self.shared is not None:
             out_ND = out_ND + self.shared(x_ND)
-        notes = {"scores": scores_NE, "experts": choice.experts_NK, "load": load_E}
+        notes = {"experts": choice.experts_NK, "load": load_E} | ({} if self.bias is None else {"scores": scores_NE})
         return out_ND.view(x_BTD.shape), {
             name: part if name == "load" else part.unflatten(0, x_BTD.shape[:2]) for name, part in notes.items()
         }
 
-    def _route(self, x_ND: Tensor) -> tuple[Choice, Tensor]:
+    def _route(self, x_ND: Tensor, tokens_BT: Tensor | None) -> tuple[Choice, Tensor]:
         c, work = self.config, torch.promote_types(x_ND.dtype, torch.float32)
         with torch.autocast(x_ND.device.type, enabled=False):
             scores_NE = SCORES[c.score](functional.linear(x_ND.to(work), self.router.to(work)))
         choice = topk_gate(
             scores_NE,
             self.bias,
+            self._look_up(tokens_BT),
             top_k=c.top_k,
             num_groups=c.num_groups,
             top_groups=c.top_groups,
@@ -142,9 +148,17 @@ class MoE(nn.Module):
         )
         return choice, scores_NE
 
+    def _look_up(self, tokens_BT: Tensor | None) -> Tensor | None:
+        if self.table_VK is None:
+            return None
+        assert tokens_BT is not None, "experts that are chosen by token id need the tokens"
+        return self.table_VK.index_select(0, tokens_BT.flatten())
+
     @torch.no_grad()
     def update_bias(self, load_E: Tensor) -> None:
         """One balancing step from the load of the whole (global) batch: ±γ, nothing where the load is exactly even."""
+        if self.bias is None:
+            return
         load = load_E.float()
         self.bias += self.config.bias_rate * torch.sign(load.mean() - load)
 

@@ -7,7 +7,7 @@
 from typing import Any
 
 from byrote.model import count
-from byrote.model.config import MLAConfig, ModelConfig
+from byrote.model.config import DSAConfig, MLAConfig, ModelConfig, V4AttentionConfig
 from byrote.model.ledger import DEVICES, PUBLISHED_RUNS, Device, PublishedRun, Stage, implied_mfu, run_cost
 from byrote.model.presets import PRESETS, PUBLISHED, PUBLISHED_TOKENS, Published, v3
 
@@ -37,13 +37,21 @@ def published_tokens(name: str, config: ModelConfig) -> float | None:
     return PUBLISHED_TOKENS.get(name) if is_published(name, config) else None
 
 
+_ATTENTION = {MLAConfig: "MLA", DSAConfig: "DSA", V4AttentionConfig: "V4 (CSA, HCA)"}
+
+
+def _attention(config: ModelConfig) -> str:
+    """The kinds of the blocks, in order of first use."""
+    return ", ".join(dict.fromkeys(_ATTENTION[type(config.attention_of(layer))] for layer in range(config.num_layers)))
+
+
 def _shape(config: ModelConfig) -> dict[str, Any]:
     moe, engram = config.moe, config.engram
     return {
         "blocks": config.num_layers,
         "dim": config.dim,
         "vocabulary": config.vocab_size,
-        "attention": "MLA" if isinstance(config.attention, MLAConfig) else "V4 (CSA, HCA)",
+        "attention": _attention(config),
         "residual": config.residual.kind if config.residual.kind == "plain" else f"{config.residual.kind} × {config.residual.streams}",
         "experts": "none" if moe is None else f"{moe.num_experts}, top {moe.top_k}, {moe.num_shared} shared",
         "memory": "none" if engram is None else f"blocks {', '.join(map(str, engram.layers))}",

@@ -3,18 +3,20 @@
 Published presets rebuild what a paper or release gives; where it leaves a choice, the one that meets the printed totals is
 taken: full-rank queries, a dense feed-forward of 8 expert widths, no-position part 128 + RoPE part 64 in the mHC and
 Engram models. `PUBLISHED` holds the printed figures with their convention of counting (see `byrote.model.count`), so that
-`byrote plan` and the tests can set ours beside them.
+`byrote plan` and the tests can set ours beside them. A size of our own in another architecture: "small:v4" (`byrote.model.profiles`).
 
 Names follow what is in a model: `v4-flash` and `v4-pro` are the released V4 (compressed attention, no memory);
 `v4-lite-200b` and `v4-1t` are what early 2026 foresaw under that name, and really of our own profile.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 from byrote.config import nearest
 from byrote.errors import ConfigError
 from byrote.model.config import (
+    DSAConfig,
     EngramConfig,
     MLAConfig,
     ModelConfig,
@@ -26,6 +28,7 @@ from byrote.model.config import (
     YarnConfig,
 )
 from byrote.model.count import VOCABULARY_WORDS, ParameterCount
+from byrote.model.profiles import apply_profile
 
 VOCABULARY = 129_280  # of every published model here
 
@@ -58,10 +61,11 @@ class Published(NamedTuple):
 
 
 def load_preset(name: str) -> ModelConfig:
-    """The preset called `name`; ConfigError with the nearest name otherwise."""
-    if name not in PRESETS:
-        raise ConfigError(f"unknown preset {name!r}; nearest: {nearest(name, PRESETS)}. All: {', '.join(PRESETS)}")
-    return PRESETS[name]()
+    """The preset called `name`, or "SIZE:PROFILE" (`byrote.model.profiles`); ConfigError with the nearest name otherwise."""
+    size, _, profile = name.partition(":")
+    if size not in PRESETS:
+        raise ConfigError(f"unknown preset {size!r}; nearest: {nearest(size, PRESETS)}. All: {', '.join(PRESETS)}")
+    return apply_profile(PRESETS[size](), profile) if profile else PRESETS[size]()
 
 
 # --- sizes of our own -------------------------------------------------------------------------------------------------
@@ -182,6 +186,16 @@ def v3() -> ModelConfig:
     )
 
 
+def v32() -> ModelConfig:
+    """V3 with an indexer of 64 heads in every block, which picks 2048 keys (V3.2)."""
+    plain = v3()
+    assert isinstance(plain.attention, MLAConfig)
+    attention = DSAConfig(
+        mla=plain.attention, index_num_heads=64, index_head_dim=128, index_top_k=2048, index_hadamard=True, index_fp8=True
+    )
+    return replace(plain, attention=attention)
+
+
 # --- V4 as released (arXiv 2606.19348 §4.2) ----------------------------------------------------------------------------
 
 
@@ -201,9 +215,10 @@ def _v4(*, dim: int, attention: V4AttentionConfig, num_experts: int, expert_hidd
             score="sqrt_softplus",
             route_scale=route_scale,
             num_dense_layers=0,
+            num_hash_layers=3,
         ),
         residual=ResidualConfig(),
-        mtp=MTPConfig(),
+        mtp=MTPConfig(form="streams"),
         swiglu_limit=10.0,
         pad_token=2,
     )
@@ -222,7 +237,7 @@ def _v4_attention(num_heads: int, q_lora_rank: int, o_groups: int, index_top_k: 
         index_num_heads=64,
         index_head_dim=128,
         index_top_k=index_top_k,
-        num_hash_layers=3,
+        compress_rope=RopeConfig(theta=160_000.0, yarn=YarnConfig(factor=16.0, original_positions=65_536)),
     )
 
 
@@ -316,6 +331,7 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
     "engram-27b": engram_27b,
     "engram-40b": engram_40b,
     "v3": v3,
+    "v3.2": v32,
     "v4-flash": v4_flash,
     "v4-pro": v4_pro,
     "v4-lite-200b": v4_lite_200b,
@@ -346,6 +362,7 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
         Published("total", 685e9, 5e8, "released files; they also hold FP8 scales, 0.04B", mtp="stored"),
         Published("active", 37e9, 5e8, _V3, vocabulary=1),
     ),
+    "v3.2": (Published("total", 671e9, 5e8, f"{_V3}; V3.2 says no other, its indexers add 0.9B"),),
     "v4-flash": (Published("total", 284e9, 5e8, _V4), Published("active", 13e9, 5e8, _V4, vocabulary=1)),
     "v4-pro": (
         Published("total", 1.6e12, 5e10, _V4),

@@ -7,6 +7,7 @@ c(β) = K·ln(original / 2πβ) / (2 ln θ), pairs below ⌊c(β_fast)⌋ stay, 
 Shapes: K rotary width, cos/sin [..., T, K/2] in fp32.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -20,6 +21,10 @@ from byrote.model.config import RopeConfig, YarnConfig
 class Rotation(NamedTuple):
     cos: Tensor
     sin: Tensor
+
+    def back(self) -> "Rotation":
+        """The turn that undoes this one."""
+        return Rotation(self.cos, -self.sin)
 
 
 def frequencies(dim: int, rope: RopeConfig) -> Tensor:
@@ -61,10 +66,16 @@ def softmax_factor(yarn: YarnConfig | None) -> float:
     return 1.0 if yarn is None or not yarn.mscale_all_dim else _mscale(yarn.factor, yarn.mscale_all_dim) ** 2
 
 
-def rotation(position_BT: Tensor, frequencies_K: Tensor, scale: float = 1.0) -> Rotation:
+def rotation(position_BT: Tensor, dim: int, rope: RopeConfig) -> Rotation:
     """cos and sin of every position and pair, [B, T, K/2]."""
-    angles = position_BT[..., None].float() * frequencies_K
+    angles, scale = position_BT[..., None].float() * _frequencies_on(dim, rope, position_BT.device), amplitude(rope.yarn)
     return Rotation(angles.cos() * scale, angles.sin() * scale)
+
+
+@functools.cache
+def _frequencies_on(dim: int, rope: RopeConfig, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # kept beyond this call, which may be one of inference
+        return frequencies(dim, rope).to(device)
 
 
 def rotate(x: Tensor, turn: Rotation, layout: str) -> Tensor:

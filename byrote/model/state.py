@@ -1,16 +1,24 @@
 """DecodeState: everything a model remembers between two calls on the same text.
 
-Per block the attention latents, per memory layer the tail of the short convolution, and for the whole model one track a token
-each of document, position and canonical id. Roll-back cuts n tokens off every part, which is what speculation needs; a snapshot
-is a length plus the tails as they were.
+Per block what its attention keeps (`attn.new_cache`), per memory layer the tail of the short convolution, per MTP module what it
+drafts from, and for the whole model one track a token each of document, place, position and canonical id. Roll-back cuts n tokens
+off every part, which is what speculation needs; a snapshot is what each part needs to come back.
 
-Tracks keep every token, tails only the newest: `floor` is the shortest length they can still be cut to. Worked example with
-max_rollback 16: after 100 tokens it is 84; roll back 10, append 2, and 92 tokens are held, but the tails reach no further than before.
+All parts are drawers behind one protocol (`Cache`), made of three kinds:
 
-Shapes: B batch, T new tokens, S all tokens so far, W values a tail keeps.
+    Track     every token, cut by changing a length            latents, index keys of DSA
+    Tail      the newest tokens and `max_rollback` older ones  window, open groups of compressors, convolution
+    Entries   fewer entries than tokens, a number per row      compressed entries, their index keys
+    Drawers   several of these under names
+
+`floor` is the shortest length that tails can still be cut to. Worked example with max_rollback 16: after 100 tokens it is 84; roll
+back 10, append 2, and 92 tokens are held, but the tails reach no further than before.
+
+Shapes: B batch, T new tokens, S all tokens so far, E entries, W values a tail keeps.
 """
 
-from typing import NamedTuple
+from collections.abc import Hashable, Iterable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +30,17 @@ from byrote.model.documents import document_runs, mask_padding
 _FIRST_CAPACITY = 256
 
 
+class Cache(Protocol):
+    """One drawer. Appending is each kind's own; a snapshot holds until something before it is cut off."""
+
+    def rollback(self, tokens: int) -> None: ...
+    def snapshot(self) -> Any: ...
+    def restore(self, snapshot: Any) -> None: ...
+    def select(self, rows_B: Tensor) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
 class Track:
     """A buffer [B, capacity, ...] that grows by doubling and is cut by changing its length."""
 
@@ -31,24 +50,33 @@ class Track:
 
     def append(self, new_BT: Tensor) -> Tensor:
         """Add T entries; returns a view [B, S, ...] of all."""
-        end = self.length + new_BT.shape[1]
-        if end > self.values.shape[1]:
-            self._grow(end)
-        self.values[:, self.length : end] = new_BT
-        self.length = end
-        return self.values[:, :end]
+        self.extend(new_BT.shape[1])
+        self.values.narrow(1, self.length - new_BT.shape[1], new_BT.shape[1]).copy_(new_BT)
+        return self.all()
 
-    def _grow(self, need: int) -> None:
-        capacity = max(_FIRST_CAPACITY, 2 * self.values.shape[1], need)
-        bigger = self.values.new_zeros(self.values.shape[0], capacity, *self.values.shape[2:])
-        bigger[:, : self.length] = self.values[:, : self.length]
-        self.values = bigger
+    def extend(self, tokens: int) -> None:
+        """Make room for entries that the caller writes into `values`."""
+        self.length += tokens
+        self.values = _grown(self.values, self.length)
 
     def all(self) -> Tensor:
         return self.values[:, : self.length]
 
+    def rollback(self, tokens: int) -> None:
+        self.length = max(self.length - tokens, 0)
+
+    def snapshot(self) -> int:
+        return self.length
+
+    def restore(self, snapshot: int) -> None:
+        self.length = min(self.length, snapshot)
+
     def select(self, rows_B: Tensor) -> None:
         self.values = self.values.index_select(0, rows_B)
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
 
 
 class Tail:
@@ -62,46 +90,137 @@ class Tail:
         """Add T entries; returns [B, reach + T, ...]: what the new entries may look back on, then they themselves."""
         keep = self.values.shape[1]
         whole = torch.cat((self.values, new_BT.to(self.values.dtype)), dim=1)
-        self.values = whole[:, -keep:].clone()  # a view would keep a whole prefill in memory
+        self.values = whole[:, whole.shape[1] - keep :].clone()  # a view would keep a whole prefill in memory
         return whole[:, keep - self.reach :]
 
     def rollback(self, tokens: int) -> None:
         if tokens:
             self.values = torch.cat((torch.zeros_like(self.values[:, :tokens]), self.values[:, :-tokens]), dim=1)
 
+    def snapshot(self) -> Tensor:
+        return self.values
+
+    def restore(self, snapshot: Tensor) -> None:
+        self.values = snapshot
+
     def select(self, rows_B: Tensor) -> None:
         self.values = self.values.index_select(0, rows_B)
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+
+class Entries:
+    """Compressed entries [B, capacity, W]. Rows fill at their own pace: row b holds `counts_B[b]`, what lies beyond means nothing."""
+
+    def __init__(self, batch: int, width: int, max_rollback: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.values = torch.zeros(batch, 0, width, dtype=dtype, device=device)
+        self.counts_B = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._closing = Tail(batch, (), 0, max_rollback, torch.int64, device)  # 1 for a token that brought an entry
+
+    def append(self, new_BEW: Tensor, closes_BT: Tensor, limit: int) -> Tensor:
+        """Add each row's entries, one per token that closes a group, in order; rows never hold more than `limit`. Returns all."""
+        self._closing.append(closes_BT)
+        if not new_BEW.shape[1]:
+            return self.values
+        added_B = closes_BT.sum(1)
+        self.values = _grown(self.values, limit)
+        keep_BE = torch.arange(new_BEW.shape[1], device=added_B.device) < added_B[:, None]
+        row, entry = keep_BE.nonzero(as_tuple=True)
+        self.values[row, self.counts_B[row] + entry] = new_BEW[row, entry].to(self.values.dtype)
+        self.counts_B = self.counts_B + added_B
+        return self.values
+
+    def rollback(self, tokens: int) -> None:
+        closing_BT = self._closing.values
+        self.counts_B = self.counts_B - closing_BT[:, closing_BT.shape[1] - tokens :].sum(1)
+        self._closing.rollback(tokens)
+
+    def snapshot(self) -> tuple[Tensor, Tensor]:
+        return self.counts_B, self._closing.snapshot()
+
+    def restore(self, snapshot: tuple[Tensor, Tensor]) -> None:
+        self.counts_B, closing = snapshot
+        self._closing.restore(closing)
+
+    def select(self, rows_B: Tensor) -> None:
+        self.values, self.counts_B = self.values.index_select(0, rows_B), self.counts_B.index_select(0, rows_B)
+        self._closing.select(rows_B)
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.counts_B.nbytes + self._closing.nbytes
+
+
+class Drawers:
+    """Several caches under names, handled as one."""
+
+    def __init__(self, **parts: Any) -> None:
+        self.parts: dict[str, Any] = parts
+
+    def __getitem__(self, name: str) -> Any:
+        return self.parts[name]
+
+    def rollback(self, tokens: int) -> None:
+        for part in self.parts.values():
+            part.rollback(tokens)
+
+    def snapshot(self) -> tuple[Any, ...]:
+        return tuple(part.snapshot() for part in self.parts.values())
+
+    def restore(self, snapshot: tuple[Any, ...]) -> None:
+        for part, held in zip(self.parts.values(), snapshot, strict=True):
+            part.restore(held)
+
+    def select(self, rows_B: Tensor) -> None:
+        for part in self.parts.values():
+            part.select(rows_B)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts.values())
+
+
+def _grown(values: Tensor, need: int) -> Tensor:
+    """The buffer, copied to one of at least twice the capacity where `need` passes it."""
+    if need <= values.shape[1]:
+        return values
+    bigger = values.new_zeros(values.shape[0], max(_FIRST_CAPACITY, 2 * values.shape[1], need), *values.shape[2:])
+    bigger[:, : values.shape[1]] = values
+    return bigger
 
 
 class Snapshot(NamedTuple):
     length: int
     floor: int
-    tails: tuple[Tensor, ...]
+    parts: tuple[Any, ...]
 
 
 class DecodeState:
-    """Built by `model.new_state(batch)`. The forward pass appends; the caller rolls back, selects and restores."""
+    """Built by `model.new_state(batch)`. The forward pass appends; the caller rolls back, selects and restores.
+
+    `caches`: one per block. `drafts`: one per MTP module that drafts; module k is k + 1 tokens behind, as it needs the token after.
+    """
 
     def __init__(
         self,
         *,
         batch: int,
-        latent_dims: tuple[int, ...],
-        tail_shapes: dict[int, tuple[int, int, int]],
+        caches: Iterable[Cache],
+        tails: dict[Hashable, Tail | Track],
+        drafts: Iterable[Drawers],
         ngram_reach: int,
         pad: int,
-        dtype: torch.dtype,
         device: torch.device,
         max_rollback: int = 16,
         max_tokens: int | None = None,
     ) -> None:
         self.batch, self.max_rollback, self.max_tokens, self.device = batch, max_rollback, max_tokens, device
-        self.latents = [Track(batch, (dim,), dtype, device) for dim in latent_dims]
-        self.tails = {slot: Tail(batch, shape[1:], shape[0], max_rollback, dtype, device) for slot, shape in tail_shapes.items()}
+        self.caches, self.tails, self.drafts = list(caches), tails, list(drafts)
         self.documents: Track | None = None  # made when a document number is first given; until then every row is document 0
         self.runs: Track | None = None  # beside it: `documents.document_runs`
-        self.positions = Track(batch, (), torch.int64, device)
-        self.canonical = Track(batch, (), torch.int64, device)
+        self.places, self.positions, self.canonical = (Track(batch, (), torch.int64, device) for _ in range(3))
         self._ngram_reach, self._pad = ngram_reach, pad
         self._floor = 0  # as of the last cut; see `floor`
 
@@ -148,8 +267,19 @@ class DecodeState:
         last = (self.documents.all()[:, -1:], self.runs.all()[:, -1:]) if self.length else (None, None)
         if document_BT is None:
             document_BT = self.documents.all()[:, -1:].expand(self.batch, tokens)
-        runs_BS = self.runs.append(document_runs(document_BT, *last))
-        return mask_padding(runs_BS, self.documents.append(document_BT.to(torch.int64)))
+        self.runs.append(document_runs(document_BT, *last))
+        self.documents.append(document_BT.to(torch.int64))
+        return self.numbered_runs()
+
+    def numbered_runs(self) -> Tensor | None:
+        """Runs of all tokens [B, S], −1 where there is padding; None while every row is one document."""
+        return None if self.documents is None or self.runs is None else mask_padding(self.runs.all(), self.documents.all())
+
+    def pretend(self) -> None:
+        """Count one more token, of the last document, that only drafts have read: to be undone by `restore`."""
+        for track in self._tracks():
+            last_B1 = track.all()[:, -1:]
+            track.append(last_B1 + 1 if track in (self.places, self.positions) else last_B1.clone())
 
     def rollback(self, tokens: int) -> None:
         """Forget the last `tokens` tokens (at most `max_rollback` of the longest text there was, since the tails keep no more)."""
@@ -159,34 +289,39 @@ class DecodeState:
                 f"cannot roll back {tokens} tokens: {self.length} are held, "
                 f"and with max_rollback {self.max_rollback} at least {floor} must stay"
             )
-        self._floor = floor
-        self._cut(self.length - tokens)
-        for tail in self.tails.values():
-            tail.rollback(tokens)
+        before, self._floor = self.length, floor
+        for part in (*self._tracks(), *self.caches, *self.tails.values()):
+            part.rollback(tokens)
+        for module, draft in enumerate(self.drafts):
+            draft.rollback(max(before - 1 - module, 0) - max(self.length - 1 - module, 0))
 
     def snapshot(self) -> Snapshot:
         """A point to come back to as long as only appends and roll-backs to later points happen."""
-        return Snapshot(self.length, self.floor, tuple(tail.values for tail in self.tails.values()))
+        return Snapshot(self.length, self.floor, tuple(part.snapshot() for part in self._parts()))
 
     def restore(self, snapshot: Snapshot) -> None:
         if snapshot.length > self.length:
             raise RequestError(f"snapshot of {snapshot.length} tokens, but only {self.length} are held")
-        self._cut(snapshot.length)
+        for track in self._tracks():
+            track.restore(snapshot.length)
         self._floor = snapshot.floor
-        for tail, values in zip(self.tails.values(), snapshot.tails, strict=True):
-            tail.values = values
+        for part, held in zip(self._parts(), snapshot.parts, strict=True):
+            part.restore(held)
 
     def select(self, rows_B: Tensor) -> None:
         """Keep these rows of the batch, in this order; a row may appear more than once."""
         self.batch = rows_B.shape[0]
-        parts: list[Track | Tail] = [*self._tracks(), *self.tails.values()]
-        for part in parts:
+        for part in (*self._tracks(), *self._parts()):
             part.select(rows_B)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, room for growth included."""
+        return sum(part.nbytes for part in (*self._tracks(), *self._parts()))
+
+    def _parts(self) -> list[Cache]:
+        return [*self.caches, *self.tails.values(), *self.drafts]
 
     def _tracks(self) -> list[Track]:
         numbered = [track for track in (self.documents, self.runs) if track is not None]
-        return [*self.latents, self.positions, self.canonical, *numbered]
-
-    def _cut(self, length: int) -> None:
-        for track in self._tracks():
-            track.length = min(track.length, length)
+        return [self.places, self.positions, self.canonical, *numbered]

@@ -10,37 +10,39 @@
 Shapes: B batch, T tokens, R streams, D model, V vocabulary.
 """
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from byrote.errors import CheckpointError, ConfigError
-from byrote.kernels.cross_entropy import linear_cross_entropy
+from byrote.kernels.cross_entropy import linear_cross_entropy, product_cross_entropy
 from byrote.memory.conditional import Memory, Rows
 from byrote.memory.ngram import NgramHash
+from byrote.memory.place import MakeTable
 from byrote.memory.table import DeviceTable
 from byrote.model import roles
-from byrote.model.batch import Batch, attention_mask, check_tokens, positions
+from byrote.model.batch import Batch, check_tokens, count_on
 from byrote.model.block import Block, Notes
-from byrote.model.config import EngramConfig, MLAConfig, ModelConfig
+from byrote.model.config import EngramConfig, ModelConfig
 from byrote.model.documents import document_runs, mask_padding
 from byrote.model.hyper_connection import make_read_out
 from byrote.model.init import initialise
 from byrote.model.linear import Linear
 from byrote.model.moe import MoE, balance_loss
-from byrote.model.mtp import MTPModule, shift_targets, tokens_ahead
+from byrote.model.mtp import MTPModule, draft_tokens, follow, shift_targets, tokens_ahead
 from byrote.model.norm import RMSNorm
-from byrote.model.rope import amplitude, frequencies, rotation
-from byrote.model.state import DecodeState
+from byrote.model.pack import Pack
+from byrote.model.state import DecodeState, Tail, Track
+from byrote.model.voice import listen, new_tails
 
 _WANTED = ("hidden", "gates", "router", "token_losses", "streams", "mtp_logits", "mtp_losses")
 
 
 class Output(NamedTuple):
     logits: Tensor | None  # [B, T, V]; None when targets were given
-    losses: dict[str, Tensor]  # unweighted terms by name: next_token, mtp, balance
+    losses: dict[str, Tensor]  # unweighted terms by name: next_token, mtp, balance, indexer
     loads: dict[str, Tensor]  # tokens per expert, by the name of the MoE module
     rows: Rows | None  # what was read from memory: the optimizer needs its leaf
     extras: dict[str, Tensor | list[Tensor]]  # what `want` named
@@ -49,11 +51,9 @@ class Output(NamedTuple):
 class Model(nn.Module):
     """See `docs/architecture.md`, life of a batch. `seed` fixes every initial number, the table's included."""
 
-    def __init__(self, config: ModelConfig, *, seed: int = 0, table_state_dim: int = 1) -> None:
+    def __init__(self, config: ModelConfig, *, seed: int = 0, table_state_dim: int = 1, make_table: MakeTable = DeviceTable) -> None:
         super().__init__()
-        if not isinstance(config.attention, MLAConfig):
-            raise ConfigError("this model can be planned (`byrote plan`) but not built yet: only MLA attention is trainable")
-        self.config, self._attention = config, config.attention
+        self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.read_out = make_read_out(config.dim, config.residual, config.norm_eps)
@@ -61,8 +61,8 @@ class Model(nn.Module):
         self.head = Linear(config.dim, config.vocab_size)
         self.mtp = nn.ModuleList(MTPModule(config, depth) for depth in range(config.mtp.depth if config.mtp else 0))
         initialise(self, config.init_std, seed)
-        self._frequencies_K = frequencies(config.attention.qk_rope_head_dim, config.attention.rope)
-        self.memory = None if config.engram is None else build_memory(config.engram, config.vocab_size, seed, table_state_dim)
+        self.memory = None if config.engram is None else build_memory(config.engram, config.vocab_size, seed, table_state_dim, make_table)
+        self.packs: dict[str, Pack] = {}  # memories put on from outside, in their order: `model/pack.py`
 
     # ── forward ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -74,22 +74,27 @@ class Model(nn.Module):
         position_BT: Tensor | None = None,
         state: DecodeState | None = None,
         rows: Rows | None = None,
+        packs: Sequence[Iterable[str]] | None = None,
         targets_BT: Tensor | None = None,
+        last: int | None = None,
         want: Iterable[str] = (),
     ) -> Output:
-        """Logits, or with `targets_BT` (−100: not scored) the losses. `state` is appended to.
+        """Logits, or with `targets_BT` (−100: not scored) the losses. `state` is appended to. `packs` names those of each sequence
+        (for the whole of a text); absent: all that are attached speak to all. `last`: logits of so many last positions only (1 or more).
 
         Raises ConfigError for ids outside the vocabulary, shapes that disagree, or an unknown name in `want`.
         """
         want = self._checked(want)
         check_tokens(tokens_BT, self.config.vocab_size, targets_BT=targets_BT, document_BT=document_BT, position_BT=position_BT)
-        batch = self._batch(tokens_BT, document_BT, position_BT, state, rows)
+        batch = self._batch(tokens_BT, document_BT, position_BT, state, rows, packs)
         streams_BTRD, notes = self._body(batch)
         hidden_BTD = self.norm(self.read_out(streams_BTRD))
+        if state is not None and state.drafts:
+            follow(self._drafting(), state, self._mtp_input(hidden_BTD, streams_BTRD), tokens_BT, self._embed)
         output = Output(None, {}, _loads(notes, batch), batch.rows, _extras(want, hidden_BTD, streams_BTRD, notes))
         if targets_BT is None:
-            return output._replace(logits=self.head(hidden_BTD))
-        return self._losses(output, hidden_BTD, targets_BT, batch, notes, want)
+            return output._replace(logits=self.head(hidden_BTD if last is None else hidden_BTD[:, -last:]))
+        return self._losses(output, hidden_BTD, streams_BTRD, targets_BT, batch, notes, want)
 
     def _checked(self, want: Iterable[str]) -> frozenset[str]:
         unknown = sorted(set(want) - set(_WANTED))
@@ -98,25 +103,40 @@ class Model(nn.Module):
         return frozenset(want)
 
     def _batch(
-        self, tokens_BT: Tensor, document_BT: Tensor | None, position_BT: Tensor | None, state: DecodeState | None, rows: Rows | None
+        self,
+        tokens_BT: Tensor,
+        document_BT: Tensor | None,
+        position_BT: Tensor | None,
+        state: DecodeState | None,
+        rows: Rows | None,
+        packs: Sequence[Iterable[str]] | None = None,
     ) -> Batch:
         if state is not None:
             state.check_room(*tokens_BT.shape)
         if rows is not None:
             self._check_rows(rows, tokens_BT)
+        place_BT = count_on(tokens_BT, document_BT, state, None if state is None else state.places)
         if position_BT is None:
-            position_BT = positions(tokens_BT, document_BT, state)
+            position_BT = count_on(tokens_BT, document_BT, state, None if state is None else state.positions)
         if rows is None and self.memory is not None:
             rows = self.memory.fetch(tokens_BT, document_BT, state)
+        voices = listen(self.packs, packs, tokens_BT, document_BT, state)
         keys_BS, keys = self._documents(document_BT, tokens_BT.shape[1], state)
-        document_BT = None if keys_BS is None else keys_BS[:, keys - tokens_BT.shape[1] :]
         if state is not None:
+            state.places.append(place_BT)
             state.positions.append(position_BT)
             state.canonical.append(tokens_BT if self.memory is None else self.memory.canonical(tokens_BT))
-        mask_B1TS, causal = attention_mask(document_BT, keys_BS, tokens_BT.shape[1], keys, tokens_BT.device)
-        self._frequencies_K = self._frequencies_K.to(tokens_BT.device)
-        turn = rotation(position_BT, self._frequencies_K, amplitude(self._attention.rope.yarn))
-        return Batch(tokens_BT, document_BT, keys_BS, position_BT, turn, mask_B1TS, causal, rows, state)
+        return Batch(
+            tokens_BT=tokens_BT,
+            document_BT=None if keys_BS is None else keys_BS[:, keys - tokens_BT.shape[1] :],
+            keys_document_BS=keys_BS,
+            position_BT=position_BT,
+            place_BT=place_BT,
+            keys=keys,
+            rows=rows,
+            state=state,
+            voices=voices,
+        )
 
     @staticmethod
     def _documents(document_BT: Tensor | None, tokens: int, state: DecodeState | None) -> tuple[Tensor | None, int]:
@@ -139,7 +159,9 @@ class Model(nn.Module):
         streams_BTRD = embedded_BTD[:, :, None].expand(-1, -1, self.config.residual.streams, -1).contiguous()
         notes: dict[str, Notes] = {}
         for layer, block in enumerate(self.blocks):
-            cache = None if batch.state is None else batch.state.latents[layer]
+            cache = None if batch.state is None else batch.state.caches[layer]
+            for voice in batch.voices:
+                streams_BTRD = voice.speak(layer, streams_BTRD, batch)
             streams_BTRD, notes[f"blocks.{layer}"] = block(streams_BTRD, batch, cache)
         return streams_BTRD, notes
 
@@ -151,7 +173,14 @@ class Model(nn.Module):
     # ── losses ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _losses(
-        self, output: Output, hidden_BTD: Tensor, targets_BT: Tensor, batch: Batch, notes: dict[str, Notes], want: frozenset[str]
+        self,
+        output: Output,
+        hidden_BTD: Tensor,
+        streams_BTRD: Tensor,
+        targets_BT: Tensor,
+        batch: Batch,
+        notes: dict[str, Notes],
+        want: frozenset[str],
     ) -> Output:
         losses, extras = dict(output.losses), dict(output.extras)
         losses["next_token"], token_losses_BT = self._cross_entropy(hidden_BTD, targets_BT)
@@ -161,8 +190,12 @@ class Model(nn.Module):
             if batch.state is not None:
                 raise ConfigError("multi-token prediction needs the whole text in one call; leave the state out, or call model.eval()")
             scored = self._mtp_sequences(targets_BT.shape[0])
-            losses["mtp"], mtp_notes = self._mtp(hidden_BTD[:scored], targets_BT[:scored], batch.without_memory(scored), want, extras)
+            carried = self._mtp_input(hidden_BTD, streams_BTRD)[:scored]
+            losses["mtp"], mtp_notes = self._mtp(carried, targets_BT[:scored], batch.without_memory(scored), want, extras)
             notes = notes | mtp_notes
+        indexers = [note["indexer"] for note in notes.values() if "indexer" in note]
+        if indexers:
+            losses["indexer"] = torch.stack(indexers).sum()
         moe = self.config.moe
         if moe is not None and moe.balance_alpha > 0 and self.training:
             real_BT = None if batch.document_BT is None else batch.document_BT >= 0
@@ -173,8 +206,11 @@ class Model(nn.Module):
         return output._replace(losses=losses, loads=_loads(notes, batch), extras=extras)
 
     def _cross_entropy(self, hidden_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
-        hidden_ND = hidden_BTD.flatten(0, 1)
-        loss, losses_N = linear_cross_entropy(hidden_ND, self.head.weight.to(hidden_ND.dtype), targets_BT.flatten())
+        hidden_ND, targets_N = hidden_BTD.flatten(0, 1), targets_BT.flatten()
+        if self.head.is_plain:
+            loss, losses_N = linear_cross_entropy(hidden_ND, self.head.weight.to(hidden_ND.dtype), targets_N)
+        else:
+            loss, losses_N = product_cross_entropy(hidden_ND, self.head, targets_N)
         return loss, losses_N.view(targets_BT.shape)
 
     def _mtp_sequences(self, sequences: int) -> int:
@@ -182,14 +218,18 @@ class Model(nn.Module):
         assert self.config.mtp is not None
         return max(1, round(sequences * self.config.mtp.train_fraction)) if self.training else sequences
 
+    def _mtp_input(self, hidden_BTD: Tensor, streams_BTRD: Tensor) -> Tensor:
+        """What the first MTP module goes on from: V3's the normed hidden state, V4's the streams."""
+        return streams_BTRD if self.config.mtp is not None and self.config.mtp.form == "streams" else hidden_BTD
+
     def _mtp(
-        self, hidden_BTD: Tensor, targets_BT: Tensor, batch: Batch, want: frozenset[str], extras: dict[str, Tensor | list[Tensor]]
+        self, carried: Tensor, targets_BT: Tensor, batch: Batch, want: frozenset[str], extras: dict[str, Tensor | list[Tensor]]
     ) -> tuple[Tensor, dict[str, Notes]]:
         """Mean loss over depths. The token k places on is the target k−1 places on; positions without one are not scored."""
         notes, terms, logits, per_token = {}, [], [], []
         for depth, module in enumerate(self.mtp):
             ahead_BT = tokens_ahead(batch.tokens_BT, targets_BT, batch.document_BT, depth + 1)
-            hidden_BTD, notes[f"mtp.{depth}.block"] = module(hidden_BTD, self._embed(ahead_BT), batch)
+            carried, hidden_BTD, notes[f"mtp.{depth}.block"] = module(carried, self._embed(ahead_BT), batch)
             wanted_BT = shift_targets(targets_BT, batch.document_BT, depth + 1)
             loss, losses_BT = self._cross_entropy(hidden_BTD, wanted_BT)
             terms.append(loss)
@@ -205,26 +245,46 @@ class Model(nn.Module):
     # ── around the forward ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def new_state(
-        self, batch: int = 1, *, max_tokens: int | None = None, max_rollback: int = 16, dtype: torch.dtype | None = None
+        self,
+        batch: int = 1,
+        *,
+        max_tokens: int | None = None,
+        max_rollback: int = 16,
+        dtype: torch.dtype | None = None,
+        drafts: bool = False,
     ) -> DecodeState:
-        """An empty memory of a text for `batch` rows."""
-        c, weight = self.config, self.embed.weight
-        engram = c.engram
-        tails = {}
+        """An empty memory of a text for `batch` rows; with `drafts` the MTP modules read along, so that `draft` can be asked."""
+        c, engram, weight = self.config, self.config.engram, self.embed.weight
+        if drafts and not self.mtp:
+            raise ConfigError("this model has no MTP module to draft with (mtp is none); leave drafts out")
+        shared: dict[str, Any] = {"dtype": dtype or weight.dtype, "device": weight.device, "max_rollback": max_rollback}
+        tails: dict[Hashable, Tail | Track] = new_tails(self.packs, batch, **shared)
         if engram is not None and engram.conv_kernel:
-            reach = (engram.conv_kernel - 1) * engram.dilation
-            tails = dict.fromkeys(range(len(engram.layers)), (reach, c.residual.streams, c.dim))
+            reach, streams = (engram.conv_kernel - 1) * engram.dilation, (c.residual.streams, c.dim)
+            tails |= {slot: Tail(batch, streams, reach, **shared) for slot in range(len(engram.layers))}
         return DecodeState(
             batch=batch,
-            latent_dims=(self._attention.kv_lora_rank + self._attention.qk_rope_head_dim,) * c.num_layers,
-            tail_shapes=tails,
+            caches=[block.attn.new_cache(batch, **shared) for block in self.blocks if isinstance(block, Block)],
+            tails=tails,
+            drafts=[module.new_cache(batch, **shared) for module in self._drafting()] if drafts else (),
             ngram_reach=0 if engram is None else engram.max_order - 1,
             pad=0 if self.memory is None else self.memory.hash.pad,
-            dtype=dtype or weight.dtype,
             device=weight.device,
             max_tokens=max_tokens,
             max_rollback=max_rollback,
         )
+
+    @torch.no_grad()
+    def draft(self, state: DecodeState, token_B1: Tensor, count: int = 1) -> Tensor:
+        """int64 [B, count]: what MTP expects after `token_B1`, the token picked to follow all that `state` holds; greedy.
+
+        The state stays as it is: give `token_B1` and the drafts to the next call, then roll back those that were not accepted.
+        Raises ConfigError for a state made without `drafts`, and RequestError for more drafts than it could roll back.
+        """
+        return draft_tokens(self._drafting(), state, token_B1, count, self._embed, self.head)
+
+    def _drafting(self) -> list[MTPModule]:
+        return [module for module in self.mtp if isinstance(module, MTPModule)]
 
     def param_roles(self) -> dict[str, str]:
         """Name of every parameter → its role for the optimizer (`model/roles.py`)."""
@@ -249,8 +309,9 @@ class Model(nn.Module):
             )
 
 
-def build_memory(config: EngramConfig, vocab_size: int, seed: int, state_dim: int = 1) -> Memory:
-    """Hash and an in-memory table. With `canonical_vocab` the map of the tokenizer must follow through `set_canonical`."""
+def build_memory(config: EngramConfig, vocab_size: int, seed: int, state_dim: int = 1, make_table: MakeTable = DeviceTable) -> Memory:
+    """Hash and table; `make_table` says where the rows live (memory/place.py). With `canonical_vocab` the tokenizer's map must follow
+    through `set_canonical`."""
     classes = config.canonical_vocab or vocab_size
     hash_ = NgramHash(
         canonical_vocab=classes,
@@ -261,7 +322,7 @@ def build_memory(config: EngramConfig, vocab_size: int, seed: int, state_dim: in
         pad=config.pad_token if config.canonical_vocab is None else 0,
         seed=config.hash_seed,
     )
-    table = DeviceTable(
+    table = make_table(
         sum(hash_.num_rows), config.head_dim, state_dim=state_dim, dtype=getattr(torch, config.table_dtype), std=config.table_std, seed=seed
     )
     return Memory(hash_, table, vocab_size=vocab_size, needs_canonical=config.canonical_vocab is not None, pad_token=config.pad_token)

@@ -155,7 +155,7 @@ def test_mtp_has_the_names_of_the_release_and_copies_of_embedding_and_head(folde
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "deepseek_v32"}, "model_type is 'deepseek_v32'"),
+        ({"model_type": "deepseek_v2"}, "model_type is 'deepseek_v2'"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),

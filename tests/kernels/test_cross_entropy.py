@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from byrote.kernels import cross_entropy
-from byrote.kernels.cross_entropy import IGNORE, cpu, linear_cross_entropy, reference
+from byrote.kernels.cross_entropy import IGNORE, cpu, linear_cross_entropy, product_cross_entropy, reference
 from tests.tolerances import assert_close_bf16, assert_close_fp32
 
 
@@ -37,6 +37,18 @@ def backend(request, monkeypatch):
 def test_chunks_equal_the_whole_in_fp32(backend, tokens, vocab, chunk):
     hidden, weight, targets = inputs(tokens, 24, vocab)
     got = values_and_gradients(linear_cross_entropy, hidden, weight, targets, chunk=chunk)
+    for one, other in zip(got, values_and_gradients(reference, hidden, weight, targets), strict=True):
+        assert_close_fp32(one, other)
+
+
+@pytest.mark.parametrize(("tokens", "chunk"), [(1, 4), (7, 3), (257, 100)])
+def test_a_head_with_a_product_of_its_own_gives_the_same(tokens, chunk):
+    hidden, weight, targets = inputs(tokens, 24, 64)
+
+    def own(hidden, weight, targets):
+        return product_cross_entropy(hidden, lambda part: part @ weight.t(), targets, chunk=chunk)
+
+    got = values_and_gradients(own, hidden, weight, targets)
     for one, other in zip(got, values_and_gradients(reference, hidden, weight, targets), strict=True):
         assert_close_fp32(one, other)
 

@@ -10,11 +10,25 @@ from torch.utils.flop_counter import FlopCounterMode
 from byrote.errors import ConfigError
 from byrote.memory.table import DeviceTable
 from byrote.model import count
-from byrote.model.config import EngramConfig, MLAConfig, ModelConfig, MoEConfig, MTPConfig, ResidualConfig, V4AttentionConfig
+from byrote.model.config import DSAConfig, EngramConfig, MLAConfig, ModelConfig, MoEConfig, MTPConfig, ResidualConfig, V4AttentionConfig
 from byrote.model.transformer import Model
 from byrote.optim.groups import treatment
 
 MLA = MLAConfig(num_heads=3, q_lora_rank=14, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5)
+DSA = DSAConfig(mla=MLA, index_num_heads=2, index_head_dim=8, index_top_k=5)
+V4 = V4AttentionConfig(
+    num_heads=4,
+    head_dim=6,
+    rope_head_dim=4,
+    q_lora_rank=7,
+    o_groups=2,
+    o_lora_rank=5,
+    sliding_window=3,
+    compress_ratios=(0, 4, 128),
+    index_num_heads=3,
+    index_head_dim=4,
+    index_top_k=2,
+)
 ENGRAM = EngramConfig(layers=(0, 2), rows_per_order=23, head_dim=3, num_heads=2, max_order=3)
 FULL = ModelConfig(
     vocab_size=37,
@@ -36,6 +50,11 @@ VARIANTS = {
     "no experts": replace(FULL, moe=None),
     "no shared expert": replace(FULL, moe=replace(FULL.moe, num_shared=0)),
     "one expert, no dense block": replace(FULL, moe=MoEConfig(num_experts=1, top_k=1, expert_hidden=3, num_dense_layers=0)),
+    "DSA": replace(FULL, attention=DSA),
+    "V4 and its MTP": replace(
+        FULL, num_layers=3, engram=None, attention=V4, moe=replace(FULL.moe, num_hash_layers=2), mtp=MTPConfig(form="streams")
+    ),
+    "a kind for each block": replace(FULL, attention=(MLA, DSA, replace(V4, compress_ratios=(4,)))),
     "only dense blocks": replace(FULL, moe=replace(FULL.moe, num_dense_layers=9)),
     "no memory": replace(FULL, engram=None),
     "memory without convolution": replace(FULL, engram=replace(ENGRAM, conv_kernel=0)),
@@ -63,10 +82,9 @@ TINY_V4 = ModelConfig(
         index_num_heads=32,
         index_head_dim=16,
         index_top_k=16,
-        num_hash_layers=1,
     ),
     ffn_hidden=32,
-    moe=MoEConfig(num_experts=8, top_k=2, expert_hidden=32, num_dense_layers=0),
+    moe=MoEConfig(num_experts=8, top_k=2, expert_hidden=32, num_dense_layers=0, num_hash_layers=1),
 )
 
 
@@ -118,13 +136,8 @@ def test_v4_count_equals_the_known_parameters_of_a_tiny_model():
     assert count.count_parameters(TINY_V4).trained == 426_925
 
 
-def test_v4_model_can_be_planned_but_not_built():
-    with pytest.raises(ConfigError, match="planned"):
-        Model(TINY_V4)
-
-
 def test_hash_routed_blocks_keep_a_row_of_experts_per_token_instead_of_a_bias():
-    plain = replace(TINY_V4, attention=replace(TINY_V4.attention, num_hash_layers=0))
+    plain = replace(TINY_V4, moe=replace(TINY_V4.moe, num_hash_layers=0))
     assert count.count_buffers(plain) == 4 * 8
     assert count.count_buffers(TINY_V4) == 3 * 8 + 256 * 2
 

@@ -163,7 +163,7 @@ def test_rows_may_be_fetched_before_the_call():
 
 def test_the_cache_holds_latents_and_rotary_keys_and_nothing_else():
     state = build(whole()).new_state(2)
-    assert [track.values.shape[2:] for track in state.latents] == [(ATTENTION.kv_lora_rank + ATTENTION.qk_rope_head_dim,)] * 3
+    assert [track.values.shape[2:] for track in state.caches] == [(ATTENTION.kv_lora_rank + ATTENTION.qk_rope_head_dim,)] * 3
     reach = (ENGRAM.conv_kernel - 1) * ENGRAM.dilation
     assert reach == 9
     assert [tuple(tail.values.shape) for tail in state.tails.values()] == [(2, reach + 16, 3, 16)] * 2
@@ -231,6 +231,6 @@ def test_no_tokens_leave_a_state_as_it_is():
 def test_a_state_in_bf16_stays_close():
     model, tokens_BT = build(whole()), text(1, LENGTH)
     state = model.new_state(dtype=torch.bfloat16)
-    assert state.latents[0].values.dtype == torch.bfloat16
+    assert state.caches[0].values.dtype == torch.bfloat16
     got, want = read(model, tokens_BT, tuple(range(4, LENGTH)), state), model(tokens_BT).logits
     assert (got - want).abs().max() < 0.05 * want.abs().max()

@@ -45,12 +45,13 @@ def loop(moe: MoE, x_BTD: Tensor, limit: float | None = None) -> Tensor:
 
 
 def choose(biased_E: Tensor, c: MoEConfig) -> list[int]:
-    """Brute force: groups by the sum of their two best, then the best experts of the kept groups."""
+    """Brute force: groups by the sum of their two best, then the best experts of the kept groups; of equals the first."""
     biased = biased_E.tolist()
     size = c.num_experts // c.num_groups
     groups = [list(range(start, start + size)) for start in range(0, c.num_experts, size)]
     groups.sort(key=lambda group: -sum(sorted((biased[e] for e in group), reverse=True)[:2]))
-    return sorted((e for group in groups[: c.top_groups] for e in group), key=lambda e: -biased[e])[: c.top_k]
+    kept = sorted(e for group in groups[: c.top_groups] for e in group)
+    return sorted(kept, key=lambda e: -biased[e])[: c.top_k]
 
 
 CONFIGS = {
@@ -151,6 +152,16 @@ def test_group_limited_choice_is_that_of_brute_force(num_groups, top_groups):
     choice = topk_gate(scores_NE, bias_E, top_k=config.top_k, num_groups=num_groups, top_groups=top_groups)
     wanted = [sorted(choose(scores_E + bias_E, config)) for scores_E in scores_NE]
     assert choice.experts_NK.sort(dim=1).values.tolist() == wanted
+
+
+@pytest.mark.parametrize(("experts", "top_k", "num_groups", "top_groups"), [(16, 3, 1, 1), (64, 6, 1, 1), (16, 4, 4, 2), (5, 5, 1, 1)])
+def test_of_equal_experts_the_first_are_chosen(experts, top_k, num_groups, top_groups):
+    """PyTorch's own topk takes others: of 16 equal numbers experts 10 and 11 for two."""
+    config = MoEConfig(num_experts=experts, top_k=top_k, expert_hidden=1, num_groups=num_groups, top_groups=top_groups)
+    scores_NE = torch.cat((torch.full((3, experts), 0.5), torch.randint(1, 4, (257, experts)) / 4))
+    choice = topk_gate(scores_NE, torch.zeros(experts), top_k=top_k, num_groups=num_groups, top_groups=top_groups)
+    assert choice.experts_NK.sort(dim=1).values.tolist() == [sorted(choose(scores_E, config)) for scores_E in scores_NE]
+    assert choice.experts_NK[0].sort().values.tolist() == list(range(top_k))
 
 
 def test_the_bias_decides_the_choice_and_never_the_weight():

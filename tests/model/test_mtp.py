@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from byrote.errors import ConfigError
+from byrote.errors import ConfigError, RequestError
 from byrote.model.config import MTPConfig
 from byrote.model.mtp import MTPModule, shift_targets, tokens_ahead
+from byrote.model.state import DecodeState
 from byrote.model.transformer import Model
 from tests.model.tiny_models import RESIDUALS, VOCAB, bare, build, gradients, next_tokens, text, whole
 from tests.tolerances import assert_bitwise, assert_close_fp32
@@ -170,3 +171,99 @@ def test_modules_that_cannot_be_are_refused(changes, message):
 def test_modules_have_the_residual_of_the_model(kind):
     module = MTPModule(whole(residual=RESIDUALS[kind]), 0)
     assert module.num_streams == RESIDUALS[kind].streams
+
+
+# --- drafting from a state ---------------------------------------------------------------------------------------------
+
+FORMS = ("joined", "streams")
+
+
+def drafting(form: str, depth: int = 2) -> Model:
+    return build(whole(mtp=MTPConfig(depth=depth, form=form)))
+
+
+def said_by(model: Model, row: Tensor, module: int) -> Tensor:
+    """What module `module` expects at the last place where it knows enough of `row`: [B]."""
+    out = model(row[:, :-1], targets_BT=targets_of(row), want=WANT)
+    return out.extras["mtp_logits"][module][:, -1 - module].argmax(-1)
+
+
+def read_in_pieces(model: Model, row: Tensor, cuts: tuple[int, ...], document_BT: Tensor | None = None) -> DecodeState:
+    state = model.new_state(len(row), drafts=True)
+    documents = [None] * (len(cuts) + 1) if document_BT is None else document_BT.tensor_split(cuts, dim=1)
+    for piece, numbers in zip(row.tensor_split(cuts, dim=1), documents, strict=True):
+        model(piece, document_BT=numbers, state=state)
+    return state
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cuts", [(), (1, 2), (3, 7, 8), tuple(range(1, 11))])
+def test_drafts_are_what_the_modules_say_of_the_whole_text(form, cuts):
+    model, row = drafting(form), text(3, 12)
+    drafts_BN = model.draft(read_in_pieces(model, row[:, :-1], cuts), row[:, -1:], count=2)
+    assert_bitwise(drafts_BN[:, 0], said_by(model, row, 0))
+    assert_bitwise(drafts_BN[:, 1], said_by(model, torch.cat((row, drafts_BN[:, :1]), dim=1), 1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_even_the_shortest_text_can_be_drafted_from(length):
+    model, row = drafting("streams", depth=3), text(2, length + 1)
+    state = read_in_pieces(model, row[:, :-1], ())
+    assert_bitwise(model.draft(state, row[:, -1:], count=3)[:, 0], said_by(model, row, 0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", FORMS)
+def test_a_draft_leaves_the_state_as_it_was_and_roll_back_takes_drafts_along(form):
+    model, row = drafting(form), text(2, 14)
+    state, twin = (read_in_pieces(model, row[:, :9], (4,)) for _ in range(2))
+    first = model.draft(state, row[:, 9:10], count=4)
+    assert_bitwise(model.draft(state, row[:, 9:10], count=4), first)
+    model(text(2, 3, seed=8), state=state)
+    state.rollback(3)
+    assert_bitwise(model.draft(state, row[:, 9:10], count=4), first)
+    snapshot = state.snapshot()
+    model(text(2, 2, seed=8), state=state)
+    state.restore(snapshot)
+    assert_bitwise(model(row[:, 9:12], state=state).logits, model(row[:, 9:12], state=twin).logits)
+    state.select(torch.tensor([1, 1]))
+    twin_draft = model.draft(twin, row[:, 12:13], count=2)
+    assert_bitwise(model.draft(state, row[[1, 1], 12:13], count=2), twin_draft[[1, 1]])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", FORMS)
+def test_drafts_of_a_padded_row_are_those_of_its_text_alone(form):
+    model, row = drafting(form), text(1, 9)
+    padded = torch.cat((torch.zeros(1, 4, dtype=torch.int64), row[:, :-1]), dim=1)
+    document_BT = torch.tensor([[-1] * 4 + [3] * 8])
+    want = model.draft(read_in_pieces(model, row[:, :-1], ()), row[:, -1:], count=2)
+    assert_bitwise(model.draft(read_in_pieces(model, padded, (2, 6), document_BT), row[:, -1:], count=2), want)
+
+
+@torch.no_grad()
+def test_beyond_the_last_module_it_goes_on_from_its_own_output():
+    model, row = drafting("joined", depth=1), text(1, 8)
+    state = read_in_pieces(model, row, ())
+    given, said = [], []
+    model.mtp[0].register_forward_hook(lambda _module, args, out: given.append(args[:2]) or said.append(out[0]))
+    drafts_BN = model.draft(state, row[:, :1], count=3)
+    assert len(given) == 3
+    for step in (1, 2):
+        assert_bitwise(given[step][0], said[step - 1])
+        assert_bitwise(given[step][1], model.embed(drafts_BN[:, step - 1 : step]))
+
+
+def test_drafts_that_cannot_be_are_refused():
+    model = drafting("joined")
+    with pytest.raises(ConfigError, match="drafts=True"):
+        model.draft(model.new_state(), torch.zeros(1, 1, dtype=torch.int64))
+    with pytest.raises(RequestError, match="after the prompt was read"):
+        model.draft(model.new_state(drafts=True), torch.zeros(1, 1, dtype=torch.int64))
+    state = read_in_pieces(model, text(1, 3), ())
+    with pytest.raises(RequestError, match="ask for 1 to 16"):
+        model.draft(state, torch.zeros(1, 1, dtype=torch.int64), count=17)
+    with pytest.raises(ConfigError, match="mtp is none"):
+        build(bare()).new_state(drafts=True)

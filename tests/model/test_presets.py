@@ -6,8 +6,10 @@ import pytest
 
 from byrote.errors import ConfigError
 from byrote.model import count, ledger
+from byrote.model.config import DSAConfig, MLAConfig, V4AttentionConfig
 from byrote.model.plan import model_plan, published_runs, published_tokens
 from byrote.model.presets import PRESETS, PUBLISHED, PUBLISHED_TOKENS, load_preset
+from byrote.model.profiles import apply_profile
 
 COUNTED = {name: count.count_parameters(load_preset(name)) for name in PRESETS}
 OURS = ("tiny", "small", "base")
@@ -133,3 +135,44 @@ def test_only_an_unchanged_preset_is_compared_with_what_was_published():
     assert model_plan("mhc-3b", load_preset("mhc-3b"), sequence=128)["published"]
     assert not model_plan("mhc-3b", changed, sequence=128)["published"]
     assert published_tokens("mhc-3b", changed) is None
+
+
+# --- profiles ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", OURS)
+def test_a_size_in_its_own_profile_is_itself(size):
+    assert load_preset(f"{size}:rote") == load_preset(size)
+
+
+@pytest.mark.parametrize(("profile", "kind"), [("v3", MLAConfig), ("v3.2", DSAConfig), ("v4", V4AttentionConfig)])
+def test_a_profile_changes_the_architecture_and_not_the_size(profile, kind):
+    config, plain = load_preset(f"small:{profile}"), load_preset("small")
+    assert isinstance(config.attention, kind)
+    assert (config.dim, config.num_layers, config.vocab_size) == (plain.dim, plain.num_layers, plain.vocab_size)
+    assert config.engram is None and config.residual.kind == ("mhc" if profile == "v4" else "plain")
+    ours, theirs = (count.count_parameters(part).active_total(vocabulary=0) for part in (config, plain))
+    assert 0.6 < ours / theirs < 1.4
+
+
+def test_what_is_in_the_profile_of_v4():
+    config = load_preset("small:v4")
+    assert config.attention.compress_ratios == (0, 0, *(4, 128) * 5)
+    assert [config.is_hashed(layer) for layer in range(4)] == [True, True, True, False]
+    assert all(config.is_moe(layer) for layer in range(12)) and config.mtp.form == "streams"
+
+
+def test_a_profile_that_is_not_there_or_does_not_fit_is_refused():
+    with pytest.raises(ConfigError, match=r"nearest: v3\.2"):
+        load_preset("tiny:v3.3")
+    with pytest.raises(ConfigError, match="starts from a size with latent attention"):
+        load_preset("v4-flash:v3")
+    with pytest.raises(ConfigError, match="'rote' has memory and mHC"):
+        load_preset("mhc-3b:rote")
+    with pytest.raises(ConfigError, match="experts in every block"):
+        apply_profile(replace(load_preset("tiny"), moe=None), "v4")
+
+
+def test_the_release_of_v32_is_v3_with_indexers():
+    assert COUNTED["v3.2"].main - COUNTED["v3"].main == {"indexer": 61 * (1536 * 64 * 128 + 7168 * (64 + 128)), "norms": 61 * 256}
+    assert count.cache_size(load_preset("v3.2")).numbers_per_token == 61 * (576 + 128)

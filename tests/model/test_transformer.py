@@ -9,7 +9,6 @@ from torch.utils.checkpoint import checkpoint
 
 from byrote.errors import ConfigError
 from byrote.model.config import MTPConfig
-from byrote.model.presets import load_preset
 from byrote.model.transformer import Model
 from byrote.optim.groups import treatment
 from tests.model.tiny_models import MOE, RESIDUALS, VOCAB, assert_same_gradients, bare, build, gradients, next_tokens, text, whole
@@ -58,11 +57,6 @@ def test_targets_that_are_no_tokens_are_refused(bad):
 def test_unknown_extras_are_refused(want):
     with pytest.raises(ConfigError, match=r"unknown extra .* allowed: hidden, gates"):
         build(bare())(text(1, 4), want=want)
-
-
-def test_attention_that_cannot_be_trained_yet_says_so():
-    with pytest.raises(ConfigError, match="byrote plan"):
-        Model(load_preset("v4-flash"))
 
 
 def test_extras_are_what_their_names_say():
@@ -261,3 +255,12 @@ def test_configurations_that_cannot_be_are_refused():
         bare(dim=0)
     with pytest.raises(ConfigError, match="num_layers is -1"):
         bare(num_layers=-1)
+
+
+def test_an_injected_head_is_honoured_by_the_loss_as_by_the_logits():
+    model, tokens_BT = build(whole()), text(2, 11)
+    model.head.matmul = lambda x, weight: torch.nn.functional.linear(x, weight.round(decimals=1))
+    targets_BT = next_tokens(tokens_BT)
+    loss = model(tokens_BT, targets_BT=targets_BT).losses["next_token"]
+    logits_NV = model(tokens_BT).logits.flatten(0, 1)
+    assert_close_fp32(loss, torch.nn.functional.cross_entropy(logits_NV, targets_BT.flatten()))

@@ -48,7 +48,8 @@ def build(config: ModelConfig, *, seed: int = 0) -> Model:
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
-            tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.1)
+            if tensor.is_floating_point():  # experts chosen by token id are whole numbers
+                tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.1)
     return model.eval()
 
 

@@ -6,22 +6,26 @@ The head runs over chunks of tokens; with gradients on, the gradient of each chu
 gradients of `hidden` and `weight`, so that no [tokens, vocabulary] tensor outlives its chunk and nothing is computed twice.
 Softmax and sums are fp32. Targets of −100 are not scored.
 
+A head with a product of its own (int8, FP8) goes through `product_cross_entropy`: the same chunks, each computed twice.
+
 Memory: one chunk of logits, CHUNK_TOKENS · V numbers of the inputs' dtype (and in the reference three times that in fp32).
 
 Shapes: N tokens, D model width, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from byrote.kernels.cross_entropy import cpu
 from byrote.kernels.cross_entropy import reference as plain
 from byrote.kernels.cross_entropy.reference import IGNORE
 from byrote.kernels.cross_entropy.reference import linear_cross_entropy as reference
 
-__all__ = ["CHUNK_TOKENS", "IGNORE", "linear_cross_entropy", "reference"]
+__all__ = ["CHUNK_TOKENS", "IGNORE", "linear_cross_entropy", "product_cross_entropy", "reference"]
 
 CHUNK_TOKENS = 1024
 
@@ -80,3 +84,18 @@ def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor
     trains = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)  # ctx.needs_input_grad ignores no_grad
     mean, losses_N = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, chunk, trains)
     return mean, losses_N
+
+
+def product_cross_entropy(
+    hidden_ND: Tensor, product: Callable[[Tensor], Tensor], targets_N: Tensor, *, chunk: int = CHUNK_TOKENS
+) -> tuple[Tensor, Tensor]:
+    """The same for any head: `product` turns hidden states [n, D] into logits [n, V], and gradients go where it sends them."""
+    parts = [hidden_ND.new_zeros(0, dtype=torch.float32)]
+    for part in _parts(hidden_ND.shape[0], chunk):
+        parts.append(checkpoint(_losses_of, product, hidden_ND[part], targets_N[part], use_reentrant=False))
+    losses_N = torch.cat(parts)
+    return losses_N.sum() / (targets_N != IGNORE).sum().clamp_min(1), losses_N.detach()
+
+
+def _losses_of(product: Callable[[Tensor], Tensor], hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(product(hidden_ND).float(), targets_N, ignore_index=IGNORE, reduction="none")

@@ -8,7 +8,7 @@ from torch import Tensor
 from byrote.kernels.engram_gate import cpu, reference
 from byrote.kernels.engram_gate.reference import Conv, Extend, gate
 
-__all__ = ["Conv", "engram_add", "gate"]
+__all__ = ["Conv", "Extend", "engram_add", "gate"]
 
 
 def engram_add(

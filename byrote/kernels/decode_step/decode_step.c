@@ -1,0 +1,57 @@
+/* One decoding step of a whole model: a tape of operations, walked by a team of threads from token ids to logits.
+
+   byrote/model/capture.py writes the tape; weights, caches and tables are read where PyTorch keeps them. Rows are batch x tokens, a
+   few at a time, everything is fp32. What each operation reads and writes stands with it. */
+
+#include "decode_step/attend.h"
+#include "decode_step/experts.h"
+#include "decode_step/streams.h"
+
+enum { EMBED, TURN, LINEAR, LATENT, ATTEND, ROUTE, EXPERTS_UP, EXPERTS_DOWN, MANIFOLD_ENTER, FREE_ENTER, LEAVE, MEAN, NORM, MEMORY };
+enum { IS_NORMED = 1, ADDS = 2, GATES = 4, FROM_MEMORY = 8 }; /* flags of LINEAR */
+
+/* y [rows][outputs] = x W', or added to it; GATES: of twice as many outputs, y = silu(gate) * linear part. x NULL: the final
+   hidden state, or what memory layer `index` read; y NULL: the logits. w: weight, gain of the norm. */
+static void linear_op(worker *w, const op *o) {
+    product p = {.weight = o->w[0], .width = o->width, .stride = o->width, .outputs = o->outputs, .count = w->rows, .limit = w->s->limit};
+    const float *x = rows_of(w, o, o->x ? o->x : o->flags & FROM_MEMORY ? w->c->memory[o->index] : w->c->hidden, o->w[1], o->flags & IS_NORMED);
+    float *y = o->y ? o->y : w->c->logits;
+    for (long m = 0; m < w->rows; m++) p.x[m] = x + m * o->width, p.y[m] = y + m * o->outputs, p.scale[m] = 1;
+    run_product(&p, first_of(w, o->outputs), end_of(w, o->outputs), o->flags & GATES ? SWIGLU : o->flags & ADDS ? ADD : SET);
+}
+
+static void run_op(worker *w, const op *o) {
+    static void (*const run[])(worker *, const op *) = {
+        embed_op,          turn_op,       linear_op, latent_op, attend_op, route_op,  experts_up_op, experts_down_op,
+        manifold_enter_op, free_enter_op, leave_op,  mean_op,   norm_op,   memory_op,
+    };
+    run[o->code](w, o);
+}
+
+#if defined(_OPENMP)
+extern int omp_get_thread_num(void), omp_get_num_threads(void);
+#endif
+
+static void walk(const sizes *s, const op *tape, long count, const call *c, meeting *meet_at, long thread, long threads) {
+    worker w = {.s = s, .c = c, .rows = c->batch * c->tokens, .thread = thread, .threads = threads, .meet = meet_at};
+    float *own = c->own + thread * c->own_numbers;
+    w.coef = own;
+    w.gates = w.coef + MOST_STREAMS * (MOST_STREAMS + 2) * MOST_ROWS;
+    w.normed = w.gates + MOST_ROWS * (s->top_k + 1);
+    for (long i = 0; i < count; i++) {
+        run_op(&w, tape + i);
+        if (tape[i].sync) meet(&w);
+    }
+}
+
+/* Returns 0. */
+int decode_step(const sizes *s, const op *tape, long count, const call *c) {
+    meeting here = {0};
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(c->threads)
+    walk(s, tape, count, c, &here, omp_get_thread_num(), omp_get_num_threads());
+#else
+    walk(s, tape, count, c, &here, 0, 1);
+#endif
+    return 0;
+}

@@ -1,0 +1,145 @@
+/* Products of a few rows with weights that are read where they lie, each weight once; and the norm before them.
+
+   Weights come from memory faster the straighter they are read: rows one after the other run at twice the speed of four rows side
+   by side, whatever is prefetched. So a row of the weight meets all rows of x before the next begins. */
+
+#pragma once
+#include "decode_step/tape.h"
+
+#define BLOCK 4  /* rows of x that meet a row of the weight together */
+#define CHUNK 16 /* rows of gates before their linear parts */
+
+enum { SET, ADD, SWIGLU };
+
+typedef struct {
+    const float *weight; /* [outputs][width], or for SWIGLU [2 outputs][width]: gates, then linear parts */
+    long width, outputs, stride, count;
+    const float *x[MOST_ROWS];
+    float *y[MOST_ROWS];
+    float scale[MOST_ROWS]; /* of the hidden state, for SWIGLU */
+    float limit;
+} product;
+
+INLINE lanes part_of(const float *from, long left) {
+#if defined(__AVX512F__)
+    return (lanes)_mm512_maskz_loadu_ps((__mmask16)((1u << left) - 1), from);
+#else
+    lanes v = {0};
+    memcpy(&v, from, left * sizeof(float));
+    return v;
+#endif
+}
+
+/* The sums of four vectors, formed together. */
+INLINE void sum_four(const lanes *v, float *sums) {
+#if defined(__AVX512F__)
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+    const __m512 low = _mm512_shuffle_ps(ab, cd, 0x44), high = _mm512_shuffle_ps(ab, cd, 0xee), four = _mm512_add_ps(low, high);
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_castps512_ps256(_mm512_shuffle_f32x4(four, four, 0x4e)));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#else
+    for (int i = 0; i < 4; i++) sums[i] = sum_lanes(v[i]);
+#endif
+}
+
+/* total[m]: w times x[m], not yet summed; a single row goes along four chains, so that none waits for its own last addition. */
+INLINE void dots(const float *w, const float *const *x, long width, lanes *total, const int M) {
+    const int chains = M == 1 ? 4 : 1;
+    lanes part[BLOCK];
+    long d = 0;
+#pragma GCC unroll 4
+    for (int i = 0; i < BLOCK; i++) part[i] = splat(0);
+    for (; d + chains * LANES <= width; d += chains * LANES)
+#pragma GCC unroll 4
+        for (int c = 0; c < chains; c++) {
+            const lanes a = hold(w + d + c * LANES);
+#pragma GCC unroll 4
+            for (int m = 0; m < M; m++) part[m + c] += a * load(x[m] + d + c * LANES);
+        }
+    for (; d + LANES <= width; d += LANES)
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++) part[m] += load(w + d) * load(x[m] + d);
+    if (d < width)
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++) part[m] += part_of(w + d, width - d) * part_of(x[m] + d, width - d);
+    if (M == 1) total[0] = (part[0] + part[1]) + (part[2] + part[3]);
+    else memcpy(total, part, M * sizeof(lanes));
+}
+
+INLINE float silu(float v) { return v / (1.0f + __builtin_expf(-v)); }
+
+INLINE float gated(float gate, float up, float limit) {
+    gate = gate > limit ? limit : gate; /* a NaN stays */
+    up = up > limit ? limit : up < -limit ? -limit : up;
+    return silu(gate) * up;
+}
+
+/* sums[m][i] = <row f + i of the weight, x[m]> */
+INLINE void dots_of_rows(const product *p, long f, long count, float sums[MOST_ROWS][CHUNK]) {
+    const float *w = p->weight + f * p->stride;
+    lanes total[BLOCK];
+    float four[BLOCK];
+    long m = 0;
+    for (; m + BLOCK <= p->count; m += BLOCK)
+        for (long i = 0; i < count; i++) {
+            dots(w + i * p->stride, p->x + m, p->width, total, BLOCK);
+            sum_four(total, four);
+            for (int b = 0; b < BLOCK; b++) sums[m + b][i] = four[b];
+        }
+    for (; m < p->count; m++)
+        for (long i = 0; i < count; i += BLOCK) {
+            for (long b = 0; b < BLOCK; b++) {
+                total[b] = splat(0);
+                if (i + b < count) dots(w + (i + b) * p->stride, p->x + m, p->width, total + b, 1);
+            }
+            sum_four(total, sums[m] + i);
+        }
+}
+
+INLINE void product_kind(const product *p, long first, long end, const int kind) {
+    float sums[MOST_ROWS][CHUNK], ups[MOST_ROWS][CHUNK];
+    for (long f = first; f < end; f += CHUNK) {
+        const long count = end - f < CHUNK ? end - f : CHUNK;
+        dots_of_rows(p, f, count, sums);
+        if (kind == SWIGLU) dots_of_rows(p, p->outputs + f, count, ups);
+        for (long m = 0; m < p->count; m++)
+            for (long i = 0; i < count; i++) {
+                if (kind == SET) p->y[m][f + i] = sums[m][i];
+                else if (kind == ADD) p->y[m][f + i] += sums[m][i];
+                else p->y[m][f + i] = gated(sums[m][i], ups[m][i], p->limit) * p->scale[m];
+            }
+    }
+}
+
+static __attribute__((noinline)) void product_set(const product *p, long first, long end) { product_kind(p, first, end, SET); }
+static __attribute__((noinline)) void product_add(const product *p, long first, long end) { product_kind(p, first, end, ADD); }
+static __attribute__((noinline)) void product_swiglu(const product *p, long first, long end) { product_kind(p, first, end, SWIGLU); }
+
+/* y[.][first, end) of the product. */
+static void run_product(const product *p, long first, long end, int kind) {
+    if (kind == SET) product_set(p, first, end);
+    else if (kind == ADD) product_add(p, first, end);
+    else product_swiglu(p, first, end);
+}
+
+INLINE float dot(const float *a, const float *b, long width) {
+    lanes total;
+    dots(a, &b, width, &total, 1);
+    return sum_lanes(total);
+}
+
+INLINE float inverse_rms(const float *x, long width, float eps) { return 1.0f / __builtin_sqrtf(dot(x, x, width) / width + eps); }
+
+/* y = x / rms * gain; no gain stands for ones. */
+INLINE void norm_row(float *y, const float *x, const float *gain, long width, float eps) {
+    const float scale = inverse_rms(x, width, eps);
+    for (long d = 0; d < width; d++) y[d] = gain ? x[d] * scale * gain[d] : x[d] * scale;
+}
+
+/* The rows an operation reads: normed by this thread for itself if `is_normed`. */
+static const float *rows_of(worker *w, const op *o, const float *x, const float *gain, int is_normed) {
+    if (!is_normed) return x;
+    for (long m = 0; m < w->rows; m++) norm_row(w->normed + m * o->width, x + m * o->width, gain, o->width, o->eps);
+    return w->normed;
+}
