@@ -1,39 +1,55 @@
-"""`byrote eval RUN --bits FILES…`: bits per byte of text a model has not seen, beside what `xz -9` needs for the same bytes."""
+"""`byrote eval RUN`: `--bits FILES…`, bits per byte of text a model has not seen, beside what `xz -9` needs for the same bytes;
+`--needle`, what it finds again in long texts (`cli/needle.py`)."""
 
 import argparse
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from byrote.cli import needle
 from byrote.console import Progress, format_bytes, format_count, format_duration, print_table
-from byrote.errors import DataError
+from byrote.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from byrote.eval.bits import BitsResult
 
-HELP = "judge a run: bits per byte of your files, against xz -9"
+HELP = "judge a run: bits per byte of your files against xz -9, or needle tests"
 
 EXAMPLES = """
 examples:
   byrote eval runs/tiny_cpu --bits README.md src/*.py
   byrote eval runs/tiny_cpu --bits book.txt --context 2048 --stride 512 --json
+  byrote eval runs/tiny_cpu --needle --kinds single,distractor --lengths 256,512
+  byrote eval --hf FOLDER --needle --hay essays.txt --lengths 1024,4096 --samples 100
 
 Bits per byte is comparable across tokenizers and with compressors; less is better. Every file is scored as one document, in
 windows of --context tokens that move on by --stride. The total of xz is that of the files one after the other.
+
+A needle test hides statements in hay and asks for them at the end; an answer counts if every token of it is right under greedy
+decoding. Cells that are finished are kept in --out, and the same command goes on behind them.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
-    parser.add_argument("run", metavar="RUN", help="folder made by `byrote train` or `byrote quickstart`")
-    parser.add_argument("--bits", metavar="FILE", nargs="+", required=True, help="UTF-8 text files to score")
+    parser.add_argument("run", metavar="RUN", nargs="?", help="folder made by `byrote train` or `byrote quickstart`")
+    test = parser.add_mutually_exclusive_group(required=True)
+    test.add_argument("--bits", metavar="FILE", nargs="+", help="UTF-8 text files to score")
+    test.add_argument("--needle", action="store_true", help="needle tests over depth and length")
     parser.add_argument("--context", type=int, default=1024, metavar="TOKENS", help="tokens a window sees (default: %(default)s)")
     parser.add_argument("--stride", type=int, default=512, metavar="TOKENS", help="new tokens scored in each window (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the result on stdout as JSON")
+    needle.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    if (args.run is None) == (args.hf is None):
+        raise ConfigError("give one model: the folder of a run, or with --needle also --hf FOLDER")
+    if args.needle:
+        return needle.run(args)
+    if args.hf is not None:
+        raise ConfigError("--bits needs a run; --hf goes with --needle")
     from byrote.cli.loading import load_for_text
     from byrote.eval.bits import bits_per_byte
 

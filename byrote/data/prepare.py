@@ -4,6 +4,8 @@
     2. train the tokenizer on the rest, or on a sample of TOKENIZER_BYTES where that is more; or load the one that is named
     3. tokenise the rest, one shard a source                                             shards.py
 
+The synthetic source needs none of this. A run on nothing else gets the tokenizer of bytes alone.
+
     folder/  tokenizer/   source-0/ source-1/ …   validation.jsonl   prepared.json   (last: it makes the others count)
 
 `prepared.json` carries a key made from the configuration and the state of the sources (names, sizes and times of files). While
@@ -20,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from byrote.data import corpus
-from byrote.data.config import DataConfig
-from byrote.data.loader import Loader
+from byrote.data.config import RECALL, DataConfig, RecallConfig, SourceConfig
+from byrote.data.loader import Loader, ShardRows, Source
 from byrote.data.shards import Shard, find_shard, write_shard
 from byrote.data.sources import Document, Tally, read_documents, source_state
 from byrote.data.split import RULE, Split, split_documents, training_documents
+from byrote.data.synthetic import RecallRows, alphabet
 from byrote.errors import DataError
 from byrote.tokenizer.bpe import PIECES, Tokenizer, cut_long, train_bpe
 
@@ -39,20 +42,28 @@ Progress = Callable[[str, int, int], None]  # (stage, bytes done, bytes in all o
 class Prepared:
     config: DataConfig
     tokenizer: Tokenizer
-    shards: tuple[Shard, ...]  # one a source
+    shards: tuple[Shard, ...]  # one a source that is text
     validation: list[Document]
     facts: dict[str, Any]  # counts for reports; plain JSON
 
-    def train_loader(self) -> Loader:
-        """A loader that stands at the beginning."""
+    def train_loader(self, row_length: Callable[[int], int] | None = None) -> Loader:
+        """A loader that stands at the beginning; for `row_length` see there."""
+        c, shards = self.config, iter(self.shards)
         return Loader(
-            self.shards,
-            [source.weight for source in self.config.sources],
-            sequence_length=self.config.sequence_length,
-            batch_sequences=self.config.batch_sequences,
+            [self._rows(source, (c.seed, number), shards) for number, source in enumerate(c.sources)],
+            [source.weight for source in c.sources],
+            sequence_length=c.sequence_length,
+            batch_sequences=c.batch_sequences,
             pad_token=self.tokenizer.pad_id,
-            seed=self.config.seed,
+            seed=c.seed,
+            row_length=row_length,
         )
+
+    def _rows(self, source: SourceConfig, key: tuple[int, ...], shards: Iterator[Shard]) -> Source:
+        if source.path != RECALL:
+            return ShardRows(next(shards), self.config.sequence_length, key, self.config.packing)
+        recall = source.recall or RecallConfig()
+        return RecallRows(recall, alphabet(recall, self.tokenizer), self.config.sequence_length, key)
 
 
 def prepare(config: DataConfig, folder: str | os.PathLike[str], progress: Progress | None = None) -> Prepared:
@@ -72,7 +83,7 @@ def _silent(_stage: str, _done: int, _total: int) -> None:
 
 
 def _key(config: DataConfig, tokenizer: Tokenizer | None) -> str:
-    sources = [(source.path, source.text_key, source.separator, source_state(source)) for source in config.sources]
+    sources = [(source.path, source.text_key, source.separator, source_state(source)) for source in config.texts]
     vocabulary = (config.vocab_size, PIECES, TOKENIZER_BYTES) if tokenizer is None else tokenizer.fingerprint()
     parts = (FORMAT, sources, vocabulary, config.validation_bytes)
     return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()
@@ -88,7 +99,7 @@ def _reuse(config: DataConfig, folder: Path, key: str) -> Prepared | None:
         if saved["key"] != key or saved["checksum"] != _checksum(saved["facts"], validation):
             return None
         tokenizer = Tokenizer.load(folder / "tokenizer")
-        shards = [find_shard(_shard_folder(folder, source), key) for source in range(len(config.sources))]
+        shards = [find_shard(_shard_folder(folder, source), key) for source in range(len(config.texts))]
         for shard in shards:
             if shard is None or shard.manifest["tokenizer"] != tokenizer.fingerprint():
                 return None
@@ -113,7 +124,7 @@ def _shard_folder(folder: Path, source: int) -> Path:
 
 def _build(config: DataConfig, folder: Path, key: str, tokenizer: Tokenizer | None, progress: Progress) -> Prepared:
     folder.mkdir(parents=True, exist_ok=True)
-    tallies = [Tally() for _ in config.sources]
+    tallies = [Tally() for _ in config.texts]
     split = _split(config, tallies, progress)
     if tokenizer is None:
         tokenizer = _train_tokenizer(config, split, progress)
@@ -133,18 +144,18 @@ def _split(config: DataConfig, tallies: list[Tally], progress: Progress) -> Spli
             progress("reading", sum(tally.text_bytes for tally in tallies), 0)
             yield document
 
-    readers = [reported(read_documents(source, tally)) for source, tally in zip(config.sources, tallies, strict=True)]
+    readers = [reported(read_documents(source, tally)) for source, tally in zip(config.texts, tallies, strict=True)]
     return split_documents(readers, config.validation_bytes)
 
 
 def _training(config: DataConfig, split: Split, source: int) -> Iterator[Document]:
-    return training_documents(read_documents(config.sources[source]), source, split)
+    return training_documents(read_documents(config.texts[source]), source, split)
 
 
 def _train_tokenizer(config: DataConfig, split: Split, progress: Progress) -> Tokenizer:
     total = sum(split.training_bytes)
-    share = min(1.0, TOKENIZER_BYTES / total)
-    documents = (document for source in range(len(config.sources)) for document in _training(config, split, source))
+    share = min(1.0, TOKENIZER_BYTES / max(total, 1))
+    documents = (document for source in range(len(config.texts)) for document in _training(config, split, source))
     expected = int(total * share)
     return train_bpe(_sample(documents, share), config.vocab_size, progress=lambda done: progress("tokenizer", done, expected))
 
@@ -179,7 +190,7 @@ def _facts(config: DataConfig, tokenizer: Tokenizer, split: Split, shards: tuple
     text_bytes = sum(shard.manifest["text_bytes"] for shard in shards)
     sources = [
         {"path": source.path, **asdict(tally), "remarks": tally.remarks(), "training_tokens": shard.num_tokens}
-        for source, tally, shard in zip(config.sources, tallies, shards, strict=True)
+        for source, tally, shard in zip(config.texts, tallies, shards, strict=True)
     ]
     facts: dict[str, Any] = {
         "sources": sources,
@@ -188,10 +199,10 @@ def _facts(config: DataConfig, tokenizer: Tokenizer, split: Split, shards: tuple
         "tokenizer": {
             "vocab_size": tokenizer.vocab_size,
             "fingerprint": tokenizer.fingerprint(),
-            "bytes_per_token": text_bytes / num_tokens,  # begin and end tokens counted
+            "bytes_per_token": text_bytes / num_tokens if num_tokens else 1.0,  # begin and end tokens counted
         },
     }
-    if any(source.path == corpus.NAME for source in config.sources):
+    if any(source.path == corpus.NAME for source in config.texts):
         facts["python"] = corpus.corpus_facts()._asdict()
     return facts
 

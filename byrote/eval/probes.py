@@ -1,8 +1,9 @@
-"""Looks inside a trained model: what memory is worth, where it speaks, how the streams mix, which experts work, what MTP guesses.
+"""Looks inside a trained model: what memory is worth, where it speaks, how the streams mix, which experts work, what MTP guesses,
+what sparse attention misses.
 
 Every probe runs the model on given text and changes nothing in it.
 
-Shapes: B batch, T tokens, R streams, E experts.
+Shapes: B batch, T tokens, R streams, E experts, S keys, K chosen keys.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from byrote.kernels.sparse_index import select
+from byrote.kernels.sparse_index.reference import attention_weights
 from byrote.memory.conditional import Rows
+from byrote.model.dsa import DSA, causal_spans
 from byrote.model.hyper_connection import FreeSite, ManifoldSite
 from byrote.model.transformer import Model
 
@@ -142,3 +146,46 @@ def mtp_acceptance(model: Model, lines: Sequence[Sequence[int]]) -> list[float]:
                 kept[depth] += int(right_T.sum())
                 seen[depth] += len(right_T)
     return [good / max(all_, 1) for good, all_ in zip(kept, seen, strict=True)]
+
+
+_QUERIES = 64  # looked at together: their attention to all keys is held
+
+
+def index_recall(model: Model, lines: Sequence[Sequence[int]]) -> dict[str, float]:
+    """How good the indexers' choice is, per block of V3.2's sparse attention: 1 is perfect.
+
+    Of every query that sees more keys than it may choose: the attention it would pay, were it dense, to the keys its indexer
+    chooses, divided by what it would pay to the best choice of as many. The mean over queries; NaN where there is none.
+    """
+    shares: dict[str, list[Tensor]] = {}
+
+    def look(name: str, attention: DSA) -> Any:
+        return attention.register_forward_pre_hook(lambda _module, args: shares.setdefault(name, []).append(_shares(attention, *args)))
+
+    hooks = [look(f"blocks.{layer}", block.attn) for layer, block in enumerate(model.blocks) if isinstance(block.attn, DSA)]
+    try:
+        with _quiet(model):
+            for ids in lines:
+                model(torch.tensor([list(ids)], device=model.embed.weight.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: torch.cat(found).mean().item() for name, found in shares.items()}
+
+
+def _shares(attention: DSA, x_BTD: Tensor, batch: Any, _cache: object = None) -> Tensor:
+    """One number for every query with a real choice."""
+    new, top_k = attention.mla.project(x_BTD), attention.config.index_top_k
+    query_BTHX, kept_BSX = attention.mla.absorb(new, batch)
+    spans = causal_spans(batch)
+    q_BTJI, k_BSI, weight_BTJ = attention.indexer(x_BTD, new.source_BTQ, batch)
+    chosen = select(q_BTJI, k_BSI, weight_BTJ, spans, top_k)
+    shares = []
+    for start in range(0, x_BTD.shape[1], _QUERIES):
+        part = slice(start, start + _QUERIES)
+        mask_BTS, choice = spans.part(part).mask(batch.keys), chosen.part(part)
+        paid_BTS = attention_weights(query_BTHX[:, part].float(), kept_BSX.float(), mask_BTS, attention.mla.scale).mean(2)
+        got_BT = (paid_BTS.gather(2, choice.index_BTK) * choice.valid_BTK).sum(-1)
+        best_BT = paid_BTS.topk(min(top_k, paid_BTS.shape[2])).values.sum(-1)
+        shares.append((got_BT / best_BT)[mask_BTS.sum(-1) > top_k])
+    return torch.cat(shares)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from byrote.errors import RequestError
+from byrote.model.capture import capture_or_model
 
 PREFILL_TOKENS = 512  # of the prompt in one forward pass: bounds memory, changes no result
 
@@ -72,37 +73,41 @@ def prompt_ids(tokenizer: ByteTokenizer, prompt: str) -> list[int]:
     return [tokenizer.begin_id, *tokenizer.encode(prompt)]
 
 
-def generate_ids(model: Any, ids: Sequence[int], params: SamplingParams, *, end_ids: Collection[int] = ()) -> Iterator[int]:
+def generate_ids(
+    model: Any, ids: Sequence[int], params: SamplingParams, *, end_ids: Collection[int] = (), step: Any = None
+) -> Iterator[int]:
     """Ids that continue `ids`, at most `params.max_tokens`; one of `end_ids` ends them and is not given out.
 
+    `step` is what reads tokens: the model, or a captured step of it; None takes the captured one where there is one.
     `params.stop` is about text: `decode_pieces` looks for it. Raises RequestError without a first id: a model continues.
     """
     if not ids:
         raise RequestError("there are no ids to continue; begin with the tokenizer's begin_id")
     generator = torch.Generator()
     generator.seed() if params.seed is None else generator.manual_seed(params.seed)
+    step = capture_or_model(model)[0] if step is None else step
     state = model.new_state(batch=1)
-    logits_V = _prefill(model, state, ids)
+    logits_V = _prefill(step, state, ids)
     for made in range(params.max_tokens):
         token = pick(logits_V, params, generator)
         if token in end_ids:
             return
         yield token
         if made + 1 < params.max_tokens:
-            logits_V = _forward(model, state, [token])
+            logits_V = _forward(step, state, [token])
 
 
-def _prefill(model: Any, state: Any, ids: Sequence[int]) -> Tensor:
+def _prefill(step: Any, state: Any, ids: Sequence[int]) -> Tensor:
     for start in range(0, len(ids), PREFILL_TOKENS):
-        logits_V = _forward(model, state, ids[start : start + PREFILL_TOKENS])
+        logits_V = _forward(step, state, ids[start : start + PREFILL_TOKENS])
     return logits_V
 
 
 @torch.inference_mode()
-def _forward(model: Any, state: Any, ids: Sequence[int]) -> Tensor:
+def _forward(step: Any, state: Any, ids: Sequence[int]) -> Tensor:
     """Logits behind the last of `ids`, in fp32 on the CPU."""
     tokens_BT = torch.tensor([list(ids)], dtype=torch.int64, device=state.device)
-    return model(tokens_BT, state=state).logits[0, -1].float().cpu()
+    return step(tokens_BT, state=state).logits[0, -1].float().cpu()
 
 
 def pick(logits_V: Tensor, params: SamplingParams, generator: torch.Generator) -> int:

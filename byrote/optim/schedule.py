@@ -1,4 +1,4 @@
-"""Learning-rate schedules as pure functions of the step, and the weight of multi-token prediction that follows them.
+"""Schedules as pure functions of the step: learning rate, the weight of multi-token prediction, the length of rows.
 
     wsd      warm up, stay at 1, fall in a straight line to `final_scale` over the last `decay_fraction` of the run
     cosine   warm up, then half a cosine down to `final_scale`
@@ -7,7 +7,13 @@
 Step numbers start at 0. The scale of a step is that of the moment it begins, so the first warm-up step would be 0: warm-up counts
 steps from 1 instead, and `final_scale` belongs to the step after the last. Where warm-up and decay overlap the smaller one holds.
 
-`optim` is anything with the fields of `OptimConfig`.
+**Row length.** Short rows first, then longer ones, as V4 grows its context (papers: 4K → 16K → …): attention costs less while it has
+little to say. Over the first `length_warmup_fraction` of the steps it doubles from `length_start` to the full one, in stages of
+equal length; every step feeds the same number of tokens, in more rows while they are short:
+
+    start 128, full 512, 100 steps, fraction 0.3       steps 0–14 128      15–29 256      30–99 512
+
+`optim` is anything with the fields of `OptimConfig`, `data` anything with those of `DataConfig`.
 """
 
 import math
@@ -26,6 +32,13 @@ def lr_scale(step: int, total_steps: int, optim: Any) -> float:
 def mtp_weight(step: int, total_steps: int, start: float, final: float, optim: Any) -> float:
     """Weight λ of the multi-token prediction loss: `start`, then `final` once the rate decays (V3 §4.2, V4 §4)."""
     return start if step < _decay_start(total_steps, optim) else final
+
+
+def row_length(step: int, total_steps: int, data: Any) -> int:
+    """Tokens of a row at `step`."""
+    full, start = data.sequence_length, data.length_start or data.sequence_length
+    doublings, warmup_steps = (full // start).bit_length() - 1, round(data.length_warmup_fraction * total_steps)
+    return start << (step * doublings // warmup_steps) if step < warmup_steps else full
 
 
 def _wsd(step: int, total_steps: int, optim: Any) -> float:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from byrote.data import loader as loader_module
-from byrote.data.loader import Loader
+from byrote.data.loader import Loader, ShardRows
 from byrote.data.packing import IGNORE, PADDING, TokenBatch
 from byrote.data.shards import Shard
 from byrote.errors import DataError
@@ -17,7 +17,8 @@ from byrote.errors import DataError
 
 def make(*shards: Shard, seed: int = 0, length: int = 16, batch: int = 3) -> Loader:
     weights = [2.0, 1.0][: len(shards)]
-    return Loader(shards, weights, sequence_length=length, batch_sequences=batch, pad_token=2, seed=seed)
+    sources = [ShardRows(shard, length, (seed, number)) for number, shard in enumerate(shards)]
+    return Loader(sources, weights, sequence_length=length, batch_sequences=batch, pad_token=2, seed=seed)
 
 
 def take(loader: Loader, count: int) -> Iterator[TokenBatch]:
@@ -125,6 +126,6 @@ def test_an_error_of_the_thread_reaches_the_caller(shard: Shard, monkeypatch: py
     def broken(*_args: object) -> None:
         raise OSError("the disk went away")
 
-    monkeypatch.setattr(loader_module, "pack_rows", broken)
+    monkeypatch.setattr(loader_module, "stack_rows", broken)
     with closing(make(shard)) as loader, pytest.raises(OSError, match="the disk went away"):
         loader.next_batch()

@@ -1,13 +1,15 @@
 """Looks inside a model: each number against its definition, and the model is the same afterwards."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from byrote.eval.probes import composite_gain, expert_loads, memory_gates, memory_silenced, mtp_acceptance
+from byrote.eval.probes import composite_gain, expert_loads, index_recall, memory_gates, memory_silenced, mtp_acceptance
+from byrote.model.config import DSAConfig
 from byrote.model.transformer import Model
-from tests.model.tiny_models import ENGRAM, MOE, RESIDUALS, bare, build, next_tokens, text, whole
+from tests.model.tiny_models import ATTENTION, ENGRAM, MOE, RESIDUALS, bare, build, next_tokens, text, whole
 from tests.tolerances import assert_bitwise, assert_close_fp32
 
 LINES = [text(1, length, seed=length)[0].tolist() for length in (17, 2, 9)]
@@ -154,3 +156,43 @@ def test_probes_leave_mode_weights_and_gradients_alone(training):
 def test_a_hard_gate_shows_as_open_or_shut():
     gates = memory_gates(build(whole(engram=replace(ENGRAM, gate="hard"))), LINES[0])
     assert set(gates.unique().tolist()) <= {0.0, 1.0}
+
+
+SPARSE = DSAConfig(mla=ATTENTION, index_num_heads=16, index_head_dim=8, index_top_k=5)
+
+
+def test_the_recall_of_an_index_is_the_share_of_attention_that_its_choice_would_get():
+    """Against full matrices of one text."""
+    model, ids = build(bare(attention=(ATTENTION, SPARSE, ATTENTION))), text(1, 90)[0].tolist()
+    noted = {}
+    handle = model.blocks[1].attn.register_forward_pre_hook(lambda module, args: noted.update(x=args[0], batch=args[1]))
+    recall = index_recall(model, [ids])
+    handle.remove()
+    attention = model.blocks[1].attn
+    with torch.no_grad():
+        new = attention.mla.project(noted["x"])
+        q, k, weight = (part[0] for part in attention.indexer(noted["x"], new.source_BTQ, noted["batch"]))
+        scores = torch.einsum("tj,tjs->ts", weight, torch.einsum("tji,si->tjs", q, k).relu())
+        query, kept = (part[0] for part in attention.mla.absorb(new, noted["batch"]))
+        paid = torch.einsum("thx,sx->ths", query, kept) * attention.mla.scale
+    shares = []
+    for t in range(5, 90):
+        mass = torch.softmax(paid[t, :, : t + 1], -1).sum(0)
+        shares.append(mass[scores[t, : t + 1].topk(5).indices].sum() / mass.topk(5).values.sum())
+    assert recall.keys() == {"blocks.1"}
+    assert abs(recall["blocks.1"] - torch.stack(shares).mean().item()) < 1e-5
+    assert 0.1 < recall["blocks.1"] < 0.95
+
+
+def test_an_index_that_may_choose_all_but_one_misses_little_and_without_a_choice_there_is_no_recall():
+    model, ids = build(bare(attention=replace(SPARSE, index_top_k=22))), text(1, 23)[0].tolist()
+    assert all(0.9 < share <= 1.0 for share in index_recall(model, [ids]).values())
+    assert all(math.isnan(share) for share in index_recall(model, [ids[:22]]).values())
+    assert index_recall(build(bare()), [ids]) == {}
+
+
+def test_looking_at_an_index_changes_nothing_in_the_model():
+    model, ids = build(bare(attention=SPARSE)).train(), text(1, 40)
+    before = model(ids).logits
+    index_recall(model, [ids[0].tolist()])
+    assert model.training and torch.equal(model(ids).logits, before)

@@ -7,6 +7,10 @@ import torch
 
 from byrote.errors import RequestError
 from byrote.eval.sample import PREFILL_TOKENS, SamplingParams, decode_pieces, generate, generate_ids, pick
+from byrote.kernels.decode_step import cpu
+from byrote.model.tape import Tape
+from tests.kernels.twins import need
+from tests.model.tiny_models import build, whole
 
 
 class Bytes:
@@ -77,6 +81,20 @@ def test_a_prompt_in_chunks_gives_what_it_gives_whole(length):
     assert first == (prompt[-1] + length) % model.vocab
     assert [token for chunk in model.chunks for token in chunk] == prompt
     assert max(map(len, model.chunks)) <= PREFILL_TOKENS
+
+
+def test_the_captured_step_is_taken_by_itself_and_says_what_the_model_says(monkeypatch):
+    need(cpu.library)
+    model, ran = build(whole(mtp=None)), []
+    run = Tape.run
+    monkeypatch.setattr(Tape, "run", lambda *parts: ran.append(1) or run(*parts))
+    params = SamplingParams(max_tokens=40, temperature=0)
+    captured = list(generate_ids(model, [1] * 20, params))
+    assert len(ran) == 39, "the prompt is longer than a tape takes, all that follows is captured"
+    assert captured == list(generate_ids(model, [1] * 20, params, step=model))
+    monkeypatch.setenv("BYROTE_NATIVE", "0")
+    assert captured == list(generate_ids(model, [1] * 20, params))
+    assert len(ran) == 39
 
 
 def test_a_seed_repeats_and_two_seeds_differ():

@@ -19,5 +19,5 @@ def test_a_recipe_is_a_run_configuration_of_its_own_name(name):
 
 
 def test_an_unknown_recipe_names_the_nearest_and_all():
-    with pytest.raises(ConfigError, match="no recipe 'smal'; nearest: small; all: tiny_cpu, small, base"):
+    with pytest.raises(ConfigError, match="no recipe 'smal'; nearest: small; all: tiny_cpu, small, base, needle, needle_dsa, needle_v4"):
         load_recipe("smal")

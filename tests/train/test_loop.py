@@ -106,7 +106,7 @@ def seen_gradients(made: Trainer, batches: list[Texts]) -> tuple[dict[str, Tenso
     )
     if made.rows is not None:
         row_step = made.rows.step
-        made.rows.step = lambda rows_U, grad_UE: (kept.update(rows=rows_U, row_gradient=grad_UE.clone()), row_step(rows_U, grad_UE))
+        made.rows.step = lambda rows_U, grad_UE, slab: (kept.update(rows=rows_U, row_gradient=grad_UE.clone()), row_step(rows_U, grad_UE))
     result = made.step(0, batches)
     return kept, {"norm": result.grad_norm, **result.losses}
 

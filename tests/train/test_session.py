@@ -223,11 +223,11 @@ def test_a_nan_stops_the_run_saves_its_state_and_keeps_the_earlier_one(corpus, f
 def test_a_step_that_failed_is_tried_again_with_the_same_data(corpus, finished, tmp_path, monkeypatch):
     step = Trainer.step
 
-    def fails_once(self, index, batches):
+    def fails_once(self, index, batches, pending):
         if index == 5:
             monkeypatch.setattr(Trainer, "step", step)
             raise TrainingError("step 5: a cosmic ray")
-        return step(self, index, batches)
+        return step(self, index, batches, pending)
 
     monkeypatch.setattr(Trainer, "step", fails_once)
     with pytest.raises(TrainingError, match="cosmic ray"):
@@ -239,11 +239,11 @@ def test_a_step_that_failed_is_tried_again_with_the_same_data(corpus, finished, 
 def test_a_failure_right_after_a_checkpoint_leaves_it_alone(corpus, tmp_path, monkeypatch):
     config, step = tiny_run(corpus, save_every=3), Trainer.step
 
-    def fails(self, index, batches):
+    def fails(self, index, batches, pending):
         if index == 3:
             self.model.embed.weight.data[:] = 7.0
             raise TrainingError("step 3")
-        return step(self, index, batches)
+        return step(self, index, batches, pending)
 
     monkeypatch.setattr(Trainer, "step", fails)
     with pytest.raises(TrainingError):

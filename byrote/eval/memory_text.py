@@ -1,0 +1,89 @@
+"""Memory, token by token: how far its gate opens, how well its rows are known, and what the text costs without it.
+
+Colours go from none (gate 0) to full (gate 1) in eight steps; on a terminal as background colours, in HTML with gate and visits of
+every token as a tooltip. Visits are the mean over the rows a token reads of how often training updated them; many tables in
+checkpoints without training state carry none.
+"""
+
+import html
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from byrote.eval.bits import bits_per_byte
+from byrote.eval.probes import memory_gates, memory_silenced
+
+SHADES = (16, 17, 18, 19, 20, 26, 32, 38)  # of a 256-colour terminal, dark to bright
+_CONTEXT, _STRIDE = 512, 256
+STYLE = "body{font:16px/1.7 monospace;max-width:60em;margin:2em auto;white-space:pre-wrap}h2{font-size:1em}"
+
+
+class Heard(NamedTuple):
+    """One token."""
+
+    text: str
+    gate: float  # mean over memory layers and streams, 0 to 1
+    visits: float  # mean over the rows it reads
+
+
+class Knockout(NamedTuple):
+    """One text as a task: bits per byte with memory, and with all rows zero."""
+
+    name: str
+    num_bytes: int
+    with_memory: float
+    without: float
+
+
+def heard(model: Any, text: Any, content: str, visits_N: torch.Tensor | None = None) -> list[Heard]:
+    """Every token of `content`; long texts in pieces of the model's context. `visits_N`: where the model's own table carries none."""
+    found = []
+    ids = text.encode(content)
+    for start in range(0, len(ids), _CONTEXT):
+        piece = [text.begin_id, *ids[start : start + _CONTEXT]]
+        gates_T = memory_gates(model, piece)[1:].flatten(1).mean(1)
+        rows_TN = model.memory.global_rows(torch.tensor([piece]))[0, 1:].flatten(1)
+        rows_U, inverse_TN = torch.unique(rows_TN, return_inverse=True)
+        visits_U = model.memory.store.gather(rows_U).visits_U if visits_N is None else visits_N[rows_U]
+        visits_T = visits_U[inverse_TN].float().mean(1)
+        found += [
+            Heard(text.token_bytes(token).decode("utf-8", "replace"), float(gate), float(visits))
+            for token, gate, visits in zip(piece[1:], gates_T, visits_T, strict=True)
+        ]
+    return found
+
+
+def knock_out(model: Any, text: Any, texts: Sequence[tuple[str, str]]) -> list[Knockout]:
+    """Each text with memory and without."""
+    scored = bits_per_byte(model, text, texts, context=_CONTEXT, stride=_STRIDE).per_text
+    with memory_silenced(model):
+        silent = bits_per_byte(model, text, texts, context=_CONTEXT, stride=_STRIDE).per_text
+    return [Knockout(a.name, a.num_bytes, a.bits / a.num_bytes, b.bits / b.num_bytes) for a, b in zip(scored, silent, strict=True)]
+
+
+def shade(gate: float) -> int:
+    return min(int(gate * len(SHADES)), len(SHADES) - 1)
+
+
+def as_terminal(tokens: Sequence[Heard]) -> str:
+    """Text with the gate as background colour."""
+    return "".join(f"\x1b[48;5;{SHADES[shade(one.gate)]}m{_coloured_lines(one)}\x1b[0m" for one in tokens)
+
+
+def _coloured_lines(one: Heard) -> str:
+    """A colour must not run to the end of a line."""
+    return one.text.replace("\n", f"\x1b[0m\n\x1b[48;5;{SHADES[shade(one.gate)]}m")
+
+
+def as_html(pages: Sequence[tuple[str, Sequence[Heard]]]) -> str:
+    """One page; `pages`: name and tokens of each text."""
+    parts = [f"<!doctype html><meta charset=utf-8><title>Where memory speaks</title><style>{STYLE}</style>"]
+    for name, tokens in pages:
+        parts.append(f"<h2>{html.escape(name)}</h2>")
+        parts += [
+            f'<span title="gate {one.gate:.2f}, visits {one.visits:.1f}" style="background:rgba(30,110,220,{one.gate:.2f})">'
+            f"{html.escape(one.text)}</span>"
+            for one in tokens
+        ]
+    return "".join(parts) + "\n"
