@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import torch
 
-from byrote.model.config import MLAConfig, ModelConfig, MoEConfig, ResidualConfig
+from byrote.checkpoint.v4_config import config_to_v4
+from byrote.checkpoint.v4_names import v4_pieces
+from byrote.model.config import MLAConfig, ModelConfig, MoEConfig, ResidualConfig, RopeConfig, V4AttentionConfig, YarnConfig
 from byrote.model.transformer import Model
 
 
@@ -63,3 +65,50 @@ def transformers_twin(experts: str = "grouped_mm", attention: str = "sdpa") -> t
     )
     torch.manual_seed(0)
     return DeepseekV3ForCausalLM(config)
+
+
+def v4_bench_config() -> ModelConfig:
+    """V4-shaped: the same width and experts, experts in every block (the first by token id), mHC, two window, CSA and HCA blocks each."""
+    v3 = bench_config()
+    assert v3.moe is not None
+    attention = V4AttentionConfig(
+        num_heads=4,
+        head_dim=64,
+        rope_head_dim=16,
+        q_lora_rank=128,
+        o_groups=2,
+        o_lora_rank=64,
+        sliding_window=128,
+        compress_ratios=(0, 0, 4, 128, 4, 128),
+        index_num_heads=16,
+        index_head_dim=32,
+        index_top_k=64,
+        compress_rope=RopeConfig(theta=160_000.0, yarn=YarnConfig(factor=16.0, original_positions=65_536)),
+    )
+    moe = replace(v3.moe, num_dense_layers=0, num_hash_layers=1, score="sqrt_softplus", route_scale=1.5)
+    changes = {"attention": attention, "moe": moe, "residual": ResidualConfig(), "ffn_hidden": moe.expert_hidden, "swiglu_limit": 10.0}
+    return replace(v3, **changes)
+
+
+def v4_tiny_config() -> ModelConfig:
+    """Four blocks of width 64 (window, CSA, HCA, CSA), 0.4M parameters: small enough that what grows with length is what is measured."""
+    bench = v4_bench_config()
+    assert isinstance(bench.attention, V4AttentionConfig) and bench.moe is not None
+    sizes = {"head_dim": 32, "rope_head_dim": 8, "q_lora_rank": 32, "o_lora_rank": 16, "sliding_window": 16}
+    index = {"index_num_heads": 32, "index_head_dim": 16, "index_top_k": 16, "compress_ratios": (0, 4, 128, 4)}
+    moe = replace(bench.moe, num_experts=8, expert_hidden=32)
+    attention = replace(bench.attention, **sizes, **index)
+    return replace(bench, vocab_size=256, dim=64, num_layers=4, ffn_hidden=32, moe=moe, attention=attention, max_positions=65_536)
+
+
+def v4_twins(config: ModelConfig, experts: str = "grouped_mm") -> tuple[Model, torch.nn.Module]:
+    """byrote's model and transformers' DeepseekV4ForCausalLM with the same numbers."""
+    from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+
+    ours = Model(config)
+    written = {key: value for key, value in config_to_v4(config, "float32").items() if key not in ("torch_dtype", "architectures")}
+    theirs = DeepseekV4ForCausalLM(DeepseekV4Config(**written, experts_implementation=experts))
+    held, target = ours.state_dict(), theirs.state_dict()
+    for piece in v4_pieces(config, stacked=True):
+        target[piece.name].copy_(piece.of(held[piece.target]))
+    return ours, theirs

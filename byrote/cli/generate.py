@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from byrote.cli.loading import load_for_text
     from byrote.eval.sample import SamplingParams, decode_pieces, generate_ids, prompt_ids
+    from byrote.model.capture import capture_or_model
 
     params = SamplingParams(
         max_tokens=args.max_tokens,
@@ -64,14 +65,16 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = load_for_text(args.run, args.device)
     ids = prompt_ids(tokenizer, prompt)
     _warn_if_long(len(ids) + params.max_tokens, model.config.max_positions)
-    counter = Counter(generate_ids(model, ids, params, end_ids=(tokenizer.end_id,)))
+    step, why_not = capture_or_model(model)
+    counter = Counter(generate_ids(model, ids, params, end_ids=(tokenizer.end_id,), step=step))
     pieces = decode_pieces(tokenizer, counter, params.stop)
     text = "".join(pieces if args.json or args.no_stream else _echo(pieces))
     if args.json:
-        print(json.dumps({"prompt": prompt, "text": text, "seed": params.seed} | counter.facts(params.max_tokens), ensure_ascii=False))
+        facts = counter.facts(params.max_tokens) | {"captured": not why_not}
+        print(json.dumps({"prompt": prompt, "text": text, "seed": params.seed} | facts, ensure_ascii=False))
         return 0
     print(text if args.no_stream else "")
-    print(f"byrote: {counter.line()}, seed {params.seed}", file=sys.stderr)
+    print(f"byrote: {counter.line()}, seed {params.seed}; {f'not captured: {why_not}' if why_not else 'captured step'}", file=sys.stderr)
     return 0
 
 

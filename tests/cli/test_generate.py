@@ -51,7 +51,7 @@ def test_the_continuation_goes_to_stdout_and_the_rest_to_stderr(capsys, model):
     captured = capsys.readouterr()
     assert captured.out == SENTENCE + "\n"
     assert "tokens/s" in captured.err
-    assert "seed 3" in captured.err
+    assert "seed 3; not captured: Speaker is no byrote model" in captured.err
     assert model.prompt == [BEGIN, *b"This is"]
 
 
@@ -66,6 +66,7 @@ def test_json_is_one_object_with_all_that_happened(capsys, model):
     result = json.loads(capsys.readouterr().out)
     assert (result["prompt"], result["text"], result["tokens"], result["finish"]) == ("p", " a ", 3, "length")
     assert isinstance(result["seed"], int)
+    assert result["captured"] is False
 
 
 @pytest.mark.parametrize("stop", [["--stop", "a"], ["--stop", " a", "--max-tokens", "2"], []])
