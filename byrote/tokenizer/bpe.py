@@ -44,19 +44,20 @@ PIECES = "|".join(
 )
 NUM_BYTES = 256
 LEAST_COUNT = 2  # a pair seen once teaches nothing
-TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 LONGEST_TEXT = 1 << 20  # characters encoded in one piece: longer texts are cut after a newline, to bound memory
 
 
 class Tokenizer:
     """A byte-level BPE tokenizer: text ⇄ ids. `begin_id`, `end_id` and `pad_id` are ids of special tokens."""
 
-    def __init__(self, engine: Engine, special_tokens: tuple[str, str, str] = SPECIAL_TOKENS) -> None:
+    def __init__(self, engine: Engine, special_tokens: tuple[str, str, str] = SPECIAL_TOKENS, chat_template: str | None = None) -> None:
         if not isinstance(engine.model, models.BPE) or "ByteLevel" not in json.dumps(_part(engine, "decoder")):
             raise DataError("the tokenizer is not a byte-level BPE, which byrote needs to know the exact bytes of every token")
         engine.encode_special_tokens = True  # characters that look like a special token are just characters
         self._engine = engine
         self.special_tokens = special_tokens
+        self.chat_template = chat_template  # Jinja; None: a base model's tokenizer (`tokenizer/chat.py`)
         self.begin_id, self.end_id, self.pad_id = (_special_id(engine, token) for token in special_tokens)
 
     @property
@@ -89,6 +90,10 @@ class Tokenizer:
         """The vocabulary's own spelling of every id, in which each byte is one printable character."""
         return list(self._strings)
 
+    def special_ids(self) -> dict[str, int]:
+        """Every special token, as it is written, and its id."""
+        return {self._strings[token]: token for token in sorted(self._special)}
+
     def fingerprint(self) -> str:
         """SHA-256 of all that decides which ids a text gets. The same for a tokenizer saved by another version of the library."""
         facts = json.loads(self._engine.to_str())
@@ -110,7 +115,7 @@ class Tokenizer:
             "pad_token": pad,
             "clean_up_tokenization_spaces": False,
             "model_max_length": 10**18,  # no limit of its own
-        }
+        } | ({} if self.chat_template is None else {"chat_template": self.chat_template})
         _replace(folder / TOKENIZER_FILE, self._engine.to_str(pretty=True))
         _replace(folder / CONFIG_FILE, json.dumps(config, indent=2))
 
@@ -122,7 +127,7 @@ class Tokenizer:
         engine = _read_engine(folder / TOKENIZER_FILE)
         engine.no_padding()
         engine.no_truncation()
-        return cls(engine, _special_tokens(config, folder / CONFIG_FILE))
+        return cls(engine, _special_tokens(config, folder / CONFIG_FILE), _chat_template(config, folder))
 
     @functools.cached_property
     def _strings(self) -> list[str]:
@@ -227,6 +232,16 @@ def _special_tokens(config: dict[str, Any], file: Path) -> tuple[str, str, str]:
     if end is None:
         raise DataError(f"{file} names no eos_token (its keys: {', '.join(config)}); add the token that ends a document")
     return found["bos_token"] or end, end, found["pad_token"] or end
+
+
+def _chat_template(config: dict[str, Any], folder: Path) -> str | None:
+    """From its own file, as transformers writes it now, or from the configuration; of several the one named "default"."""
+    if (folder / TEMPLATE_FILE).is_file():
+        return _read(folder / TEMPLATE_FILE)
+    given = config.get("chat_template")
+    if isinstance(given, list):
+        given = {one["name"]: one["template"] for one in given}.get("default")
+    return given
 
 
 def _content(token: Any) -> str | None:
