@@ -1,0 +1,189 @@
+"""Events of the engine as OpenAI's objects: each choice as it grows (`TextChoice`, `ChatChoice`), in chunks or whole.
+
+Text between <think> and </think> at the start of a chat answer goes out as `reasoning_content`; a tag may be cut anywhere by the
+tokens, so what could become one is held (`Thinking`):
+
+    pieces  "<th" "ink>a" "b</thi" "nk>c"      reasoning "a" "b"      content "c"
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+OPEN, CLOSE = "<think>", "</think>"
+
+
+Event = Mapping[str, Any]  # an event, or one of its tokens, as the engine's process wrote it
+
+
+class HasBytes(Protocol):
+    def token_bytes(self, token: int) -> bytes: ...
+
+
+class Split(NamedTuple):
+    reasoning: str
+    content: str
+
+
+class Thinking:
+    """Splits a chat answer into reasoning and content as it arrives. Only a tag at the very start opens reasoning."""
+
+    def __init__(self) -> None:
+        self._held, self._tag = "", OPEN
+
+    def push(self, text: str) -> Split:
+        """What `text` makes certain."""
+        if not self._tag:
+            return Split("", text)
+        self._held += text
+        return self._before() if self._tag == OPEN else self._inside()
+
+    def finish(self) -> Split:
+        """What was held, when nothing more comes: part of a tag that was none."""
+        rest, self._held = self._held, ""
+        return Split(rest, "") if self._tag == CLOSE else Split("", rest)
+
+    def _before(self) -> Split:
+        if self._held.startswith(OPEN):
+            self._held, self._tag = self._held[len(OPEN) :], CLOSE
+            return self._inside()
+        if OPEN.startswith(self._held):
+            return Split("", "")
+        rest, self._held, self._tag = self._held, "", ""
+        return Split("", rest)
+
+    def _inside(self) -> Split:
+        reasoning, found, rest = self._held.partition(CLOSE)
+        if found:
+            self._held, self._tag = "", ""
+            return Split(reasoning, rest)
+        size = next((size for size in range(len(CLOSE) - 1, 0, -1) if self._held.endswith(CLOSE[:size])), 0)
+        cut = len(self._held) - size
+        certain, self._held = self._held[:cut], self._held[cut:]
+        return Split(certain, "")
+
+
+class TextChoice:
+    """One choice of /v1/completions. With `echo` it begins with the prompt."""
+
+    kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
+
+    def __init__(self, index: int, tokenizer: HasBytes, *, logprobs: bool, gates: bool, echo: str = "") -> None:
+        self._index, self._tokenizer, self._logprobs, self._gates, self._text = index, tokenizer, logprobs, gates, echo
+        self._echo, self._offset, self._tokens, self._finish = echo, 0, list[Event](), None
+
+    def chunk(self, event: Event) -> dict[str, Any]:
+        """What this event adds."""
+        text, self._echo = self._echo + event["text"], ""
+        self._text += event["text"]
+        tokens = [*event["prompt"], *event["tokens"]]
+        self._tokens += tokens
+        self._finish = event["finish"]
+        return self._choice(text, tokens)
+
+    def whole(self) -> dict[str, Any]:
+        self._offset = 0
+        return self._choice(self._text, self._tokens)
+
+    def _choice(self, text: str, tokens: list[Event]) -> dict[str, Any]:
+        logprobs = text_logprobs(self._tokenizer, tokens, self._offset) if self._logprobs else None
+        self._offset += sum(map(len, logprobs["tokens"])) if logprobs else 0
+        choice = {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": self._finish}
+        return choice | ({"gates": gate_list(tokens, self._tokenizer)} if self._gates else {})
+
+
+class ChatChoice:
+    """One choice of /v1/chat/completions."""
+
+    kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
+    def __init__(self, index: int, tokenizer: HasBytes, *, logprobs: bool, gates: bool) -> None:
+        self._index, self._tokenizer, self._logprobs, self._gates = index, tokenizer, logprobs, gates
+        self._thinking, self._begun = Thinking(), False
+        self._reasoning, self._content, self._tokens, self._finish = "", "", list[Event](), None
+
+    def chunk(self, event: Event) -> dict[str, Any]:
+        """What this event adds."""
+        parts = [self._thinking.push(event["text"]), self._thinking.finish() if event["finish"] else Split("", "")]
+        split = Split(*map("".join, zip(*parts)))
+        self._reasoning += split.reasoning
+        self._content += split.content
+        self._tokens += event["tokens"]
+        self._finish = event["finish"]
+        delta = {} if self._begun else {"role": "assistant", "content": ""}
+        self._begun = True
+        delta |= {"reasoning_content": split.reasoning} if split.reasoning else {}
+        delta |= {"content": split.content} if split.content else {}
+        return self._choice({"delta": delta}, event["tokens"])
+
+    def whole(self) -> dict[str, Any]:
+        message = {"role": "assistant", "content": self._content, "refusal": None}
+        message |= {"reasoning_content": self._reasoning} if self._reasoning else {}
+        return self._choice({"message": message}, self._tokens)
+
+    def _choice(self, said: dict[str, Any], tokens: list[Event]) -> dict[str, Any]:
+        logprobs = chat_logprobs(self._tokenizer, tokens) if self._logprobs else None
+        choice = {"index": self._index, **said, "logprobs": logprobs, "finish_reason": self._finish}
+        return choice | ({"gates": gate_list(tokens, self._tokenizer)} if self._gates else {})
+
+
+def usage_fields(usages: Iterable[Mapping[str, int] | None]) -> dict[str, Any]:
+    """Of all choices of a request; the prompt counts once."""
+    known = [usage for usage in usages if usage is not None]
+    prompt = max((usage["prompt_tokens"] for usage in known), default=0)
+    completion = sum(usage["completion_tokens"] for usage in known)
+    cached = max((usage["cached_tokens"] for usage in known), default=0)
+    total = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return total | {"prompt_tokens_details": {"cached_tokens": cached}}
+
+
+def chat_logprobs(tokenizer: HasBytes, tokens: Iterable[Event]) -> dict[str, Any]:
+    """`logprobs` of a chat choice."""
+    content = []
+    for token in tokens:
+        top = [_chat_token(tokenizer, *pair) for pair in token["top"]]
+        content.append(_chat_token(tokenizer, token["id"], token["logprob"]) | {"top_logprobs": top})
+    return {"content": content, "refusal": None}
+
+
+def _chat_token(tokenizer: HasBytes, token: int, logprob: float) -> dict[str, Any]:
+    content = tokenizer.token_bytes(token)
+    return {"token": content.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(content)}
+
+
+def text_logprobs(tokenizer: HasBytes, tokens: Iterable[Event], offset: int) -> dict[str, Any]:
+    """`logprobs` of a completion; `offset` is where the first token begins in the text."""
+    result: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for token in tokens:
+        text = _text(tokenizer, token["id"])
+        result["tokens"].append(text)
+        result["token_logprobs"].append(None if token["logprob"] is None else _finite(token["logprob"]))
+        result["top_logprobs"].append({_text(tokenizer, id_): _finite(logprob) for id_, logprob in token["top"]} or None)
+        result["text_offset"].append(offset)
+        offset += len(text)
+    return result
+
+
+def _text(tokenizer: HasBytes, token: int) -> str:
+    """OpenAI writes the bytes of a token that is no whole character as bytes:\\x.."""
+    content = tokenizer.token_bytes(token)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
+
+def _finite(logprob: float) -> float:
+    """JSON knows no infinity; OpenAI writes −9999 for a token that cannot come."""
+    return max(logprob, -9999.0)
+
+
+def gate_list(tokens: Iterable[Event], tokenizer: HasBytes) -> list[dict[str, Any]]:
+    """How strongly memory spoke at each token (byrote's own field `gates`)."""
+    return [{"token": tokenizer.token_bytes(token["id"]).decode("utf-8", "replace"), "gate": token["gate"]} for token in tokens]
+
+
+def server_sent(data: Mapping[str, Any] | str) -> bytes:
+    """One server-sent event."""
+    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
+    return f"data: {text}\n\n".encode()

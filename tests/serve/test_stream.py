@@ -1,0 +1,95 @@
+"""Events as OpenAI's objects: reasoning split out wherever the tokens cut a tag, log-probabilities with their offsets, usage."""
+
+import itertools
+import json
+import math
+
+import pytest
+
+from byrote.serve.stream import ChatChoice, TextChoice, Thinking, server_sent, text_logprobs, usage_fields
+
+
+class Letters:
+    """Token n is the byte n."""
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token])
+
+
+def token(id_: int, logprob: float | None = -1.0, top: tuple = (), gate: float | None = None) -> dict:
+    return {"id": id_, "logprob": logprob, "top": top, "gate": gate}
+
+
+def event(text: str = "", *, finish: str | None = None, tokens: tuple = (), prompt: tuple = ()) -> dict:
+    return {"text": text, "finish": finish, "tokens": list(tokens), "prompt": list(prompt)}
+
+
+def split_in(pieces: list[str]) -> tuple[str, str]:
+    thinking = Thinking()
+    parts = [*(thinking.push(piece) for piece in pieces), thinking.finish()]
+    return "".join(part.reasoning for part in parts), "".join(part.content for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("text", "reasoning", "content"),
+    [
+        ("<think>why</think>so", "why", "so"),
+        ("no tag", "", "no tag"),
+        ("a <think>late</think>", "", "a <think>late</think>"),
+        ("<think>never closed </th", "never closed </th", ""),
+        ("<thin air", "", "<thin air"),
+        ("<think></think>", "", ""),
+        ("<think>a</think>b</think>", "a", "b</think>"),
+        ("", "", ""),
+        ("<", "", "<"),
+    ],
+)
+def test_reasoning_is_split_out_wherever_the_text_is_cut(text: str, reasoning: str, content: str) -> None:
+    for first, second in itertools.combinations_with_replacement(range(len(text) + 1), 2):
+        assert split_in([text[:first], text[first:second], text[second:]]) == (reasoning, content)
+    assert split_in(list(text)) == (reasoning, content)
+
+
+def test_a_chat_stream_adds_up_to_the_whole_answer() -> None:
+    pieces = ["<thi", "nk>hm", "</think", ">yes", " it is"]
+    choice = ChatChoice(0, Letters(), logprobs=False, gates=False)
+    deltas = [choice.chunk(event(piece, finish="stop" if piece == " it is" else None))["delta"] for piece in pieces]
+    assert deltas[0] == {"role": "assistant", "content": ""}
+    assert all("role" not in delta for delta in deltas[1:])
+    message = choice.whole()["message"]
+    assert message["reasoning_content"] == "".join(delta.get("reasoning_content", "") for delta in deltas) == "hm"
+    assert message["content"] == "".join(delta.get("content", "") for delta in deltas) == "yes it is"
+
+
+def test_offsets_of_a_streamed_completion_go_on_where_the_last_chunk_ended() -> None:
+    choice = TextChoice(0, Letters(), logprobs=True, gates=False, echo="ab")
+    first = choice.chunk(event("c", tokens=(token(99),), prompt=(token(97, None), token(98))))
+    second = choice.chunk(event("d", finish="length", tokens=(token(100),)))
+    assert (first["text"], second["text"]) == ("abc", "d")
+    assert first["logprobs"]["text_offset"] + second["logprobs"]["text_offset"] == [0, 1, 2, 3]
+    whole = choice.whole()
+    assert (whole["text"], whole["finish_reason"]) == ("abcd", "length")
+    assert whole["logprobs"]["text_offset"] == [0, 1, 2, 3]
+    assert whole["logprobs"]["token_logprobs"] == [None, -1.0, -1.0, -1.0]
+
+
+def test_log_probabilities_are_json_even_for_tokens_that_cannot_come_and_bytes_that_are_no_text() -> None:
+    fields = text_logprobs(Letters(), [token(0xC3, -math.inf, top=((97, -0.5), (98, -math.inf)))], 0)
+    assert fields["tokens"] == ["bytes:\\xc3"]
+    assert fields["token_logprobs"] == [-9999.0]
+    assert fields["top_logprobs"] == [{"a": -0.5, "b": -9999.0}]
+    json.dumps(fields, allow_nan=False)
+
+
+def test_the_prompt_counts_once_however_many_choices() -> None:
+    one = {"prompt_tokens": 7, "completion_tokens": 3, "cached_tokens": 2}
+    fields = usage_fields([one, one | {"completion_tokens": 5}, None])
+    assert (fields["prompt_tokens"], fields["completion_tokens"], fields["total_tokens"]) == (7, 8, 15)
+    assert fields["prompt_tokens_details"] == {"cached_tokens": 2}
+
+
+def test_a_server_sent_event_is_one_line_whatever_the_text() -> None:
+    sent = server_sent({"text": "a\n\ndata: b\r\u2028"})
+    assert sent.endswith(b"\n\n")
+    assert b"\n" not in sent[:-2]
+    assert json.loads(sent[len(b"data: ") :]) == {"text": "a\n\ndata: b\r\u2028"}
