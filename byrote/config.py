@@ -270,6 +270,8 @@ def _describe(cls: type, value: Any, path: str) -> Iterator[Option]:
         if not parts or len(_members(hint)) > 1:
             yield Option(dotted, _type_name(hint), current, docs.get(field.name) or (_summary(parts[0]) if parts else ""))
         inner = current if is_dataclass(current) else None
+        if isinstance(current, tuple):  # one part for each of several things: set as a whole
+            continue
         for part in parts if inner is None else [type(inner)]:
             yield from _describe(part, inner, dotted)
 
@@ -338,6 +340,8 @@ def _type_name(hint: Any) -> str:
     if typing.get_origin(hint) is not tuple:
         return "JSON" if _is_part(hint) else hint.__name__
     first, *rest = typing.get_args(hint)
+    if len(_parts(first)) > 1:  # of several kinds no one field can stand for the whole
+        return "JSON"
     if _parts(first):
         return "JSON or " + ",".join(["/".join(_missing(first, ())).upper()] * 2) + ",…"
     return f"{_type_name(first)},…" if rest[-1:] == [Ellipsis] else ",".join(map(_type_name, typing.get_args(hint)))

@@ -7,7 +7,17 @@ import pytest
 
 from byrote.config import REQUIRED, apply_overrides, describe, format_value, from_dict, nearest, to_dict
 from byrote.errors import ConfigError
-from byrote.model.config import EngramConfig, MLAConfig, ModelConfig, MoEConfig, MTPConfig, RopeConfig, V4AttentionConfig, YarnConfig
+from byrote.model.config import (
+    DSAConfig,
+    EngramConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    MTPConfig,
+    RopeConfig,
+    V4AttentionConfig,
+    YarnConfig,
+)
 from byrote.train.run import DataConfig, RunConfig, SourceConfig
 
 
@@ -204,6 +214,25 @@ def test_of_several_kinds_of_part_the_one_is_read_whose_keys_are_given():
     window = to_dict(v4_attention())
     assert from_dict(ModelConfig, to_dict(run_config().model) | {"attention": window}).attention == v4_attention()
     assert apply_overrides(run_config(), {"model.attention": json.dumps(window)}).model.attention == v4_attention()
+
+
+def test_attention_may_be_one_for_each_block():
+    sparse = DSAConfig(mla=attention(), index_num_heads=2, index_head_dim=8, index_top_k=4)
+    mixed = run_config(attention=(attention(), sparse, replace(v4_attention(), compress_ratios=(4,))))
+    assert from_dict(RunConfig, json.loads(json.dumps(to_dict(mixed)))) == mixed
+    text = format_value(mixed.model.attention)
+    assert apply_overrides(run_config(), {"model.attention": text}) == mixed
+    assert {option.name for option in describe(mixed) if option.name.startswith("model.attention")} == {"model.attention"}
+    with pytest.raises(ConfigError, match=r"unknown option: model\.attention\.num_heads"):
+        apply_overrides(mixed, {"model.attention.num_heads": "4"})
+    assert apply_overrides(run_config(attention=sparse), {"model.attention.mla.num_heads": "5"}).model.attention.mla.num_heads == 5
+
+
+def test_a_checkpoint_from_before_there_were_kinds_of_attention_is_read():
+    data = to_dict(full_config())
+    for part, key in (("moe", "num_hash_layers"), ("mtp", "form")):
+        del data["model"][part][key]
+    assert from_dict(RunConfig, data) == full_config()
 
 
 def test_describing_a_class_marks_fields_without_default():

@@ -22,12 +22,15 @@ from byrote.errors import ByroteError
 HELP = "check Python, PyTorch, devices, memory, disk and compiled paths; say what to do about each problem"
 
 OLDEST_PYTHON, OLDEST_TORCH = (3, 11), (2, 11)
-ESSENTIAL = ("numpy", "safetensors", "tokenizers")
+ESSENTIAL = ("numpy", "safetensors", "tokenizers", "jinja2")
 EXTRAS = {  # extra of pyproject.toml → (what it is for, what it installs)
     "hf": ("import and export of Hugging Face models", ("transformers>=5.17",)),
+    "graft": ("memory on Hugging Face models, and LoRA to compare it with", ("transformers>=5.17", "peft")),
     "data": ("parquet files and Hugging Face datasets", ("datasets", "pyarrow")),
     "plots": ("plots as image files", ("matplotlib",)),
     "tensorboard": ("TensorBoard logs", ("tensorboard",)),
+    "serve": ("the HTTP server", ("fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20")),
+    "grammar": ("answers that follow a JSON schema or a grammar", ("xgrammar>=0.1.20",)),
     "gpu": ("Triton kernels on NVIDIA and AMD GPUs", ("triton>=3.6",)),
 }
 WORK_BYTES = 2 * 1024**3  # RAM, and disk, that `byrote quickstart` stays within
@@ -158,7 +161,7 @@ def compiled_kernels() -> dict[str, bool]:
 
 def check_extras() -> Iterator[Finding]:
     for extra, (purpose, packages) in EXTRAS.items():
-        missing = [package for package in packages if importlib.util.find_spec(package.split(">=")[0]) is None]
+        missing = [package for package in packages if importlib.util.find_spec(package.split(">=")[0].replace("-", "_")) is None]
         if missing:
             yield Finding("note", extra, f"not installed: {purpose}", install_advice(*missing))
         else:

@@ -12,6 +12,7 @@ import io
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from types import ModuleType
 from typing import NoReturn
 
@@ -23,9 +24,14 @@ VERBS = {
     "quickstart": "byrote.cli.quickstart",
     "train": "byrote.cli.train",
     "generate": "byrote.cli.generate",
+    "chat": "byrote.cli.chat",
+    "serve": "byrote.cli.serve",
     "eval": "byrote.cli.eval",
     "plan": "byrote.cli.plan",
     "compare": "byrote.cli.compare",
+    "graft": "byrote.cli.graft",
+    "memory": "byrote.cli.memory",
+    "extend": "byrote.cli.extend",
     "import": "byrote.cli.import_model",
     "export": "byrote.cli.export_model",
 }
@@ -47,11 +53,19 @@ class Parser(argparse.ArgumentParser):
         args, extra = self.parse_known_args(argv)
         options = [option.split("=")[0] for option in extra if option.startswith("-")]
         if options:
-            known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+            known = [name for name in self._options() if name.startswith("--")]
             self.error("; ".join(f"unknown option {option}; nearest: {nearest(option, known)}" for option in options))
         if extra:
             self.error(f"unexpected argument: {' '.join(extra)}. Text with spaces needs quotes")
         return args
+
+    def _options(self) -> Iterator[str]:
+        """Of this parser and of those of its actions."""
+        for action in self._actions:
+            yield from action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                for sub in action.choices.values():
+                    yield from sub._options()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,7 +22,11 @@ PRESET_SEQUENCE = 4096  # tokens a preset is planned at unless --sequence says o
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = f"{HELP}. Any field of the run can be changed as --section.key value, such as --model.moe.top_k 4."
-    parser.add_argument("name", metavar="RECIPE|PRESET", help="tiny_cpu, engram-27b, v3 …; a wrong name lists them all")
+    parser.add_argument(
+        "name",
+        metavar="RECIPE|PRESET",
+        help="tiny_cpu, engram-27b, v3, small:v4 (a size in another profile) …; a wrong name lists them all",
+    )
     parser.add_argument(
         "--tokens", type=_amount, metavar="N", help="training tokens for the cost ledger, such as 14.8T (default: those of the run)"
     )
@@ -83,14 +87,15 @@ def _load(name: str) -> RunConfig:
     """The recipe of that name, or else the preset in a run of its own. ConfigError with the nearest name."""
     from byrote.model.presets import PRESETS, load_preset
 
-    if name in RECIPES:
+    size = name.partition(":")[0]
+    if size in RECIPES:
         return load_recipe(name)
-    if name not in PRESETS:
-        near, recipes, presets = nearest(name, (*RECIPES, *PRESETS)), ", ".join(RECIPES), ", ".join(PRESETS)
+    if size not in PRESETS:
+        near, recipes, presets = nearest(size, (*RECIPES, *PRESETS)), ", ".join(RECIPES), ", ".join(PRESETS)
         raise ConfigError(f"{name!r} is no recipe and no preset; nearest: {near}. Recipes: {recipes}. Presets: {presets}")
     model = load_preset(name)
     data = DataConfig(sources=(SourceConfig(path="python-stdlib"),), sequence_length=min(PRESET_SEQUENCE, model.max_positions))
-    return RunConfig(name=name, model=model, data=data)
+    return RunConfig(name=name.replace(":", "-"), model=model, data=data)
 
 
 def _cost(args: argparse.Namespace, config: RunConfig, sequence: int) -> dict[str, Any] | None:

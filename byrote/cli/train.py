@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(config, args.json)
     out = Path(args.out or f"runs/{config.name}")
-    _check_folder(out, args.resume)
+    check_folder(out, args.resume)
     from byrote.cli.training import train_with_progress
 
     with Progress() as progress:
@@ -83,7 +83,7 @@ def _print_result(out: Path, summary: "TrainSummary", bits: float | None, as_jso
         rows.append(("validation", f"{bits:.4f} bits per byte (one run, one seed)"))
     print_table(rows)
     if not summary.interrupted:
-        print(f'\nNext:\n  byrote generate {out} "Once"\n  byrote eval {out} --bits FILE…\n  byrote compare {out} RUN…')
+        print(f'\nNext:\n  byrote generate {out} "Once"\n  byrote eval {out} --bits FILE…   (or --needle)\n  byrote compare {out} RUN…')
 
 
 def _resume_command(recipe: str, overrides: dict[str, str], out: Path) -> str:
@@ -130,7 +130,7 @@ def _set_fields(config: "RunConfig") -> list[Option]:
     return [option for option in options if not is_dataclass(option.default) and not option.name.startswith(off)]
 
 
-def _check_folder(out: Path, resume: bool) -> None:
+def check_folder(out: Path, resume: bool) -> None:
     """A run is never overwritten, and never resumed where there is none."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; name a folder")

@@ -29,6 +29,13 @@ def log_metrics(done: int, run: "Run") -> None:
     run.record(row)
 
 
+def count_ngrams(done: int, run: "Run") -> None:
+    """Keep the sketch of the most visited n-grams (`memory/heavy.py`), which `byrote memory top` shows."""
+    if run.ngrams is not None and run.model.memory is not None:
+        for batch in run.batches:
+            run.ngrams.update(run.model.memory.canonical(batch.tokens_BT.to(run.device)), batch.document_BT)
+
+
 def save_checkpoints(done: int, run: "Run") -> None:
     """Save every `train.save_every` steps."""
     every = run.config.train.save_every

@@ -6,7 +6,7 @@ a loss or gradient that is not finite stops here, before anything is changed, an
 Muon and AdamW move the parameters, the row-wise optimizer the touched rows, the router biases take one balancing step
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,11 +14,13 @@ from torch import Tensor
 
 from byrote.errors import TrainingError
 from byrote.kernels.cross_entropy import IGNORE
+from byrote.memory.conditional import PendingRows, Rows
 from byrote.model.transformer import Model, Output
 from byrote.optim.clip import clip_gradients
 from byrote.optim.groups import Optimizers, build_optimizers
 from byrote.optim.rowwise import RowGradient, RowwiseOptimizer, accumulate_rows
 from byrote.optim.schedule import lr_scale, mtp_weight
+from byrote.train import stages
 from byrote.train.loss import total_loss
 from byrote.train.precision import autocast
 from byrote.train.run import RunConfig
@@ -50,44 +52,83 @@ class Trainer:
         self.device = model.embed.weight.device
         self.optimizers: Optimizers = build_optimizers(model, config.optim)
         self.rows = self._row_optimizer()
+        self._first_stage = stages.initial_stage(model, config.train.index_warmup)
+        self._stage = ""
 
     def _row_optimizer(self) -> RowwiseOptimizer | None:
         if self.model.memory is None:
             return None
         o = self.config.optim
-        return RowwiseOptimizer(self.model.memory.store, lr=o.adam_lr * o.table_lr_scale, betas=o.table_betas, eps=o.eps, rule=o.table_rule)
+        store, lr, seed = self.model.memory.store, o.adam_lr * o.table_lr_scale, self.config.train.seed
+        return RowwiseOptimizer(store, lr=lr, betas=o.table_betas, eps=o.eps, rule=o.table_rule, seed=seed)
 
-    def step(self, index: int, batches: Sequence[MicroBatch]) -> StepResult:
-        """Train on `batches` as step `index`. Raises TrainingError, with nothing changed, when a number is not finite."""
+    def step(self, index: int, batches: Sequence[MicroBatch], pending: Sequence[PendingRows] = ()) -> StepResult:
+        """Train on `batches` as step `index`. `pending`: their memory rows, where they are being read already (`read_ahead`).
+
+        Raises TrainingError, with nothing changed, when a number is not finite.
+        """
         o, mtp = self.config.optim, self.model.config.mtp
         scale = lr_scale(index, self.total_steps, o)
         weight = 0.0 if mtp is None else mtp_weight(index, self.total_steps, mtp.loss_weight, self.config.train.mtp_final_weight, o)
         self.model.train()
+        self._enter_stage(index)
         shares = scored_shares(batches)
-        outputs = [self._forward_backward(batch, weight, share) for batch, share in zip(batches, shares, strict=True)]
+        rows: Sequence[PendingRows | None] = pending or [None] * len(batches)
+        outputs = [self._forward_backward(*each, weight) for each in zip(batches, rows, shares, strict=True)]
         losses = {name: torch.stack([out.losses[name].detach() * s for out, s in zip(outputs, shares)]).sum() for name in outputs[0].losses}
         row_grad = self._row_gradient(outputs)
-        norm = clip_gradients(self.model.parameters(), [] if row_grad is None else [row_grad.grad_UE], o.clip_norm)
+        norm = self._clip([] if row_grad is None else [row_grad.grad_UE])
         if not torch.stack([norm.float(), *(loss.float() for loss in losses.values())]).isfinite().all():
             raise TrainingError(self._first_bad(index, outputs, row_grad))
         self._update(scale, row_grad)
         loads = _sum_loads(outputs)
-        self.model.update_balance(loads)
+        if self._stage != stages.WARMUP:
+            self.model.update_balance(loads)
         return StepResult(losses, norm, scale, weight, 0 if row_grad is None else len(row_grad.rows_U), loads)
 
-    def _forward_backward(self, batch: MicroBatch, weight: float, share: float) -> Output:
+    def _enter_stage(self, index: int) -> None:
+        stage = stages.stage_at(index, self.total_steps, self.config.train.index_warmup, self._first_stage)
+        if stage != self._stage:
+            stages.enter(self.model, stage)
+            self._stage = stage
+
+    def _clip(self, row_grads: list[Tensor]) -> Tensor:
+        """Indexers by themselves: their loss is another one, and must not shorten the step of the rest. Returns the norm of all."""
+        parts: dict[bool, list[Tensor]] = {False: [], True: []}
+        for name, parameter in self.model.named_parameters():
+            parts[stages.is_indexers(name)].append(parameter)
+        norm = clip_gradients(parts[False], row_grads, self.config.optim.clip_norm)
+        return torch.hypot(norm, clip_gradients(parts[True], [], self.config.optim.clip_norm)) if parts[True] else norm
+
+    def read_ahead(self, batches: Iterable[MicroBatch]) -> list[PendingRows]:
+        """Begin to read the memory rows of a coming step."""
+        memory = self.model.memory
+        return [] if memory is None else [memory.prefetch(batch.tokens_BT, batch.document_BT) for batch in batches]
+
+    def _forward_backward(self, batch: MicroBatch, pending: PendingRows | None, share: float, weight: float) -> Output:
         tokens_BT = batch.tokens_BT.to(self.device, non_blocking=True)
         targets_BT = batch.targets_BT.to(self.device, non_blocking=True)
         document_BT = None if batch.document_BT is None else batch.document_BT.to(self.device, non_blocking=True)
         with autocast(self.device, self.config.train.precision):
-            out = self.model(tokens_BT, targets_BT=targets_BT, document_BT=document_BT)
-            loss = total_loss(out.losses, weight) * share
-        loss.backward()
+            rows = self._read(tokens_BT, document_BT, pending)
+            out = self.model(tokens_BT, targets_BT=targets_BT, document_BT=document_BT, rows=rows)
+            loss = out.losses["indexer"] if self._stage == stages.WARMUP else total_loss(out.losses, weight)
+        (loss * share).backward()
         return out
+
+    def _read(self, tokens_BT: Tensor, document_BT: Tensor | None, pending: PendingRows | None) -> Rows | None:
+        """The memory rows; they learn with the rest."""
+        memory = self.model.memory
+        if memory is None:
+            return None
+        with torch.set_grad_enabled(self._stage != stages.WARMUP):
+            return memory.fetch(tokens_BT, document_BT) if pending is None else pending.wait()
 
     def _row_gradient(self, outputs: Sequence[Output]) -> RowGradient | None:
         parts = [
-            (out.rows.rows_U, out.rows.vectors_UE.grad) for out in outputs if out.rows is not None and out.rows.vectors_UE.grad is not None
+            RowGradient(out.rows.rows_U, out.rows.vectors_UE.grad, out.rows.slab)
+            for out in outputs
+            if out.rows is not None and out.rows.vectors_UE.grad is not None
         ]
         return accumulate_rows(parts) if parts else None
 

@@ -1,6 +1,7 @@
 """The training loss, composed from the model's unweighted terms.
 
-loss = next_token + λ · mtp + balance            λ: mean over depths, V3 Eq 25; balance already carries its α
+loss = next_token + λ · mtp + balance + indexer      λ: mean over depths, V3 Eq 25; balance already carries its α; the indexer's
+                                                     KL reaches nothing but the indexer
 """
 
 from collections.abc import Mapping
@@ -13,4 +14,4 @@ def total_loss(losses: Mapping[str, Tensor], mtp_weight: float) -> Tensor:
     total = losses["next_token"]
     if "mtp" in losses and mtp_weight > 0:
         total = total + mtp_weight * losses["mtp"]
-    return total + losses["balance"] if "balance" in losses else total
+    return sum((losses[name] for name in ("balance", "indexer") if name in losses), total)

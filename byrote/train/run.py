@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 
 from byrote.data.config import DataConfig, SourceConfig
 from byrote.errors import ConfigError
+from byrote.memory.config import TableConfig
 from byrote.model.config import ModelConfig
 
-__all__ = ["DataConfig", "OptimConfig", "RunConfig", "SourceConfig", "TrainConfig"]
+__all__ = ["DataConfig", "OptimConfig", "RunConfig", "SourceConfig", "TableConfig", "TrainConfig"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +58,7 @@ class OptimConfig:
 class TrainConfig:
     steps: int | None = None  # fixed number of optimizer steps; None: derived once from `seconds`, then saved
     seconds: float | None = None  # wall-clock budget of training, measured in the first seconds of a fresh run
+    start_from: str | None = None  # run or checkpoint whose weights, rows included, a fresh run starts with; the optimizers start anew
     precision: str = "bf16"  # "bf16" autocast with fp32 islands, or "fp32"
     device: str = "auto"  # "auto" | "cpu" | "cuda" | "mps"
     seed: int = 0
@@ -66,8 +68,10 @@ class TrainConfig:
     eval_context: int = 1024  # tokens a validation window sees
     eval_stride: int = 512  # tokens scored per window
     log_every: int = 10  # steps between rows of metrics.jsonl; 0: only the first and last
+    count_ngrams: int = 16384  # size of the sketch of the most visited n-grams, for `byrote memory top`; 0: keep none
     tensorboard: bool = False  # also write the metrics to RUN/tensorboard
     mtp_final_weight: float = 0.1  # λ of MTP once the learning rate decays (V3: 0.3, then 0.1)
+    index_warmup: tuple[float, float] | None = None  # shares of the run between which indexers alone learn: dense before, sparse after
 
     def __post_init__(self) -> None:
         if self.precision not in ("bf16", "fp32"):
@@ -76,11 +80,13 @@ class TrainConfig:
             raise ConfigError(f"train.steps is {self.steps}; it must be at least 1, or none with train.seconds")
         if self.seconds is not None and not 0 < self.seconds < math.inf:
             raise ConfigError(f"train.seconds is {self.seconds:g}; give a positive number, such as 20 or 225")
-        for name in ("save_every", "eval_every", "log_every"):
+        for name in ("save_every", "eval_every", "log_every", "count_ngrams"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}; it must not be negative")
         if self.keep_checkpoints < 1:
             raise ConfigError(f"train.keep_checkpoints is {self.keep_checkpoints}; at least the newest one stays")
+        if self.index_warmup is not None and not 0 <= self.index_warmup[0] <= self.index_warmup[1] <= 1:
+            raise ConfigError(f"train.index_warmup is {self.index_warmup}; give two shares of the run in order, such as 0.6,0.7")
         if not 1 <= self.eval_stride <= self.eval_context:
             raise ConfigError(f"train.eval_stride is {self.eval_stride}; it must lie in 1..{self.eval_context} (train.eval_context)")
 
@@ -92,3 +98,4 @@ class RunConfig:
     data: DataConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    table: TableConfig = field(default_factory=TableConfig)

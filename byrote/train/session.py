@@ -28,21 +28,27 @@ from typing import Any
 import torch
 
 from byrote.checkpoint.atomic import replace_file
-from byrote.checkpoint.local import TrainingState, load_training, save
+from byrote.checkpoint.local import TrainingState, load_training, load_weights, save
 from byrote.checkpoint.runs import latest, prune, step_folder
 from byrote.config import from_dict, to_dict
 from byrote.data.loader import Loader
+from byrote.data.packing import TokenBatch
 from byrote.data.prepare import Prepared, prepare
 from byrote.device import check_memory, keep_freed_memory, pick_device
 from byrote.errors import CapacityError, CheckpointError, ConfigError, TrainingError
 from byrote.memory.canonical import canonical_ids
+from byrote.memory.conditional import PendingRows
+from byrote.memory.disk import INDEX_BYTES
+from byrote.memory.heavy import HeavyHitters
+from byrote.memory.place import place_table
 from byrote.model.config import ModelConfig
 from byrote.model.count import count_parameters, optimizer_bytes, table_bytes, table_optimizer_bytes
 from byrote.model.transformer import Model
 from byrote.optim.groups import OptimizerState
 from byrote.optim.rowwise import state_dim
+from byrote.optim.schedule import row_length
 from byrote.tokenizer.bpe import Tokenizer
-from byrote.train.hooks import Hook, log_metrics, save_checkpoints
+from byrote.train.hooks import Hook, count_ngrams, log_metrics, save_checkpoints
 from byrote.train.loop import StepResult, Trainer
 from byrote.train.metrics import Metrics
 from byrote.train.run import RunConfig
@@ -76,8 +82,7 @@ class Run:
         self.out, self.prepared, self.device, self.metrics = out, prepared, device, metrics
         self.config = resolve(config, prepared.tokenizer)
         self.tokenizer = prepared.tokenizer
-        facts = prepared.facts["training"]
-        self.bytes_per_token: float = facts["bytes"] / facts["tokens"]
+        self.bytes_per_token: float = prepared.facts["tokenizer"]["bytes_per_token"]
         self.total_steps = 0
         self.done = 0
         self.seconds = 0.0  # spent in steps, over all sittings
@@ -86,6 +91,9 @@ class Run:
         self.trainer: Trainer
         self.loader: Loader
         self.last: StepResult
+        self._pending: list[PendingRows] = []  # of the next step
+        self.batches: list[TokenBatch] = []  # of the last step
+        self.ngrams: HeavyHitters | None = None  # the most visited n-grams so far
 
     # ── building ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -93,14 +101,25 @@ class Run:
         """Model, optimizers and loader as the seed says, before step 0."""
         seed, engram = self.config.train.seed, self.config.model.engram
         rows = 1 if engram is None else state_dim(self.config.optim.table_rule, engram.head_dim)
-        self.model = Model(self.config.model, seed=seed, table_state_dim=rows).to(self.device)
+        if hasattr(self, "model") and self.model.memory is not None:
+            self.model.memory.store.close()  # a folder on disk has one writer at a time
+        make_table = place_table(self.config.table, self.out / "table")
+        self.model = Model(self.config.model, seed=seed, table_state_dim=rows, make_table=make_table).to(self.device)
         if self.model.memory is not None:
             if self.config.model.engram is not None and self.config.model.engram.canonical_vocab is not None:
                 self.model.memory.set_canonical(_canonical(self.tokenizer)[0])
             self.model.memory.to(self.device)
         self.trainer = Trainer(self.model, self.config, self.total_steps)
-        self.loader = self.prepared.train_loader()
-        self.done = 0
+        data, total = self.config.data, self.total_steps
+        self.ngrams = self._sketch()
+        self.loader = self.prepared.train_loader(lambda batch: row_length(batch // data.accumulate, total, data))
+        self.done, self._pending = 0, []
+
+    def _sketch(self) -> HeavyHitters | None:
+        memory, capacity = self.model.memory, self.config.train.count_ngrams
+        if memory is None or capacity == 0:
+            return None
+        return HeavyHitters(memory.hash.canonical_vocab, memory.hash.max_order, capacity)
 
     def fix_steps(self) -> None:
         """Decide the number of steps, once."""
@@ -126,7 +145,12 @@ class Run:
         return median(times[_WARM_STEPS:]), time.monotonic() - begin
 
     def _one_step(self, index: int) -> StepResult:
-        return self.trainer.step(index, [self.loader.next_batch() for _ in range(self.config.data.accumulate)])
+        """While this step is computed, the memory rows of the next are read."""
+        count = self.config.data.accumulate
+        pending = self._pending or self.trainer.read_ahead(self.loader.peek(count))
+        self.batches = [self.loader.next_batch() for _ in range(count)]
+        self._pending = self.trainer.read_ahead(self.loader.peek(count))
+        return self.trainer.step(index, self.batches, pending)
 
     # ── going ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -148,6 +172,7 @@ class Run:
             return self._one_step(self.done)
         except TrainingError:
             self.loader.load_state_dict(position)
+            self._pending = []
             raise
 
     def tokens_per_second(self) -> float:
@@ -184,6 +209,7 @@ class Run:
                 "loader": self.loader.state_dict(),
                 "run": to_dict(self.config),
             },
+            tensors={} if self.ngrams is None else self.ngrams.state_dict(),
         )
         save(self.model, step_folder(self.out, self.done), tokenizer=self.tokenizer, training=training)
 
@@ -193,6 +219,9 @@ class Run:
         self.trainer.optimizers.load_state_dict(OptimizerState(training.optimizer, training.optimizer_meta))
         self.loader.load_state_dict(training.loop["loader"])
         self.done, self.seconds = training.step, training.loop["seconds"]
+        self._pending = []
+        if self.ngrams is not None and training.tensors:
+            self.ngrams.load_state_dict(training.tensors)
 
     def write_facts(self, **more: Any) -> None:
         """run.json: everything a reader of the folder should know besides the weights."""
@@ -284,15 +313,17 @@ def _begin(run: Run, saved: dict[str, Any] | None, checkpoint: Path | None) -> N
     run.start_fresh()
     if checkpoint is not None:
         run.restore(checkpoint)
+    elif run.config.train.start_from is not None:
+        load_weights(run.config.train.start_from, run.model)
     run.metrics.truncate_after(run.done)
 
 
 def _finish(run: Run, hooks: Sequence[Hook]) -> TrainSummary:
     before = run.done
-    with _stop_on_interrupt() as stop:
+    with stop_on_interrupt() as stop:
         try:
             # a checkpoint comes last: whoever resumes from it finds all that its step recorded
-            run.go((log_metrics, *hooks, save_checkpoints), stop)
+            run.go((count_ngrams, log_metrics, *hooks, save_checkpoints), stop)
         except TrainingError as error:
             folder = run.save_failure()
             raise TrainingError(f"{error}. The state before this step is in {folder}; delete it to resume from an earlier one") from error
@@ -327,6 +358,7 @@ def _saved_run(config: RunConfig, out: Path) -> dict[str, Any] | None:
 def _comparable(config: RunConfig) -> dict[str, Any]:
     """The configuration without what a run fills in or may change between sittings."""
     values: dict[str, Any] = to_dict(config)
+    values.pop("table")
     for name in ("vocab_size", "pad_token"):
         values["model"].pop(name)
     if values["model"]["engram"]:
@@ -362,12 +394,18 @@ def _check_fits(config: RunConfig, device: torch.device) -> None:
         return
     counted = count_parameters(config.model)
     need = 8 * counted.trained + optimizer_bytes(counted, config.optim.matrix)
-    need += table_bytes(config.model) + table_optimizer_bytes(config.model, config.optim.table_rule)
-    check_memory(need, "weights, gradients, optimizer state and the memory table")
+    table = table_bytes(config.model) + table_optimizer_bytes(config.model, config.optim.table_rule)
+    if config.table.store == "disk":
+        check_memory(
+            need + min(table, config.table.cache_bytes) + INDEX_BYTES * sum(counted.table_rows),
+            "the model, and the table's cache and index",
+        )
+    else:
+        check_memory(need + table, "weights, gradients, optimizer state and (unless --table.store disk keeps it there) the memory table")
 
 
 @contextmanager
-def _stop_on_interrupt() -> Iterator[threading.Event]:
+def stop_on_interrupt() -> Iterator[threading.Event]:
     """The first Ctrl-C sets the event, a second one interrupts at once. Outside the main thread signals are left alone."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
