@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import byrote
-import byrote.recipes
 from byrote.cli.main import main
 from byrote.model.config import ResidualConfig
 from tests.train.tiny_runs import tiny_run, write_corpus
@@ -31,8 +30,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What a reader has when he comes to the commands: a finished quickstart, the README, a model in Hugging Face form."""
     monkeypatch.chdir(tmp_path)
     recipe = tiny_run(write_corpus(tmp_path / "corpus", files=12), steps=4)
-    load = byrote.recipes.load_recipe
-    monkeypatch.setattr(byrote.recipes, "load_recipe", lambda name: recipe if name == "tiny_cpu" else load(name))
+    monkeypatch.setattr("byrote.recipes.tiny_cpu.tiny_cpu", lambda: recipe)
     assert main(["quickstart"]) == 0
     _, tokenizer = byrote.load("runs/quickstart")
     plain = replace(recipe.model, vocab_size=tokenizer.vocab_size, engram=None, residual=ResidualConfig(kind="plain"))

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from byrote.device import pick_device
     from byrote.graft.host import load_host
     from byrote.graft.session import run_graft
-    from byrote.train.session import stop_on_interrupt
+    from byrote.train.interrupt import stop_on_interrupt
 
     with Progress("graft") as live:
         live.update(f"loading {args.model}")

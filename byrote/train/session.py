@@ -14,7 +14,6 @@ run is bitwise the run that was never interrupted.
 import errno
 import json
 import math
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from types import FrameType
 from typing import Any
 
 import torch
@@ -30,12 +28,12 @@ import torch
 from byrote.checkpoint.atomic import replace_file
 from byrote.checkpoint.local import TrainingState, load_training, load_weights, save
 from byrote.checkpoint.runs import latest, prune, step_folder
-from byrote.config import from_dict, to_dict
+from byrote.config import to_dict
 from byrote.data.loader import Loader
 from byrote.data.packing import TokenBatch
 from byrote.data.prepare import Prepared, prepare
 from byrote.device import check_memory, keep_freed_memory, pick_device
-from byrote.errors import CapacityError, CheckpointError, ConfigError, TrainingError
+from byrote.errors import CapacityError, ConfigError, TrainingError
 from byrote.memory.canonical import canonical_ids
 from byrote.memory.conditional import PendingRows
 from byrote.memory.disk import INDEX_BYTES
@@ -49,9 +47,11 @@ from byrote.optim.rowwise import state_dim
 from byrote.optim.schedule import row_length
 from byrote.tokenizer.bpe import Tokenizer
 from byrote.train.hooks import Hook, count_ngrams, log_metrics, save_checkpoints
+from byrote.train.interrupt import stop_on_interrupt
 from byrote.train.loop import StepResult, Trainer
 from byrote.train.metrics import Metrics
 from byrote.train.run import RunConfig
+from byrote.train.saved import saved_run
 
 _WARM_STEPS = 3  # not timed when the pace is measured
 _MEASURE_SHARE = 0.02  # of the budget, spent on measuring …
@@ -288,7 +288,7 @@ def train(
     device = pick_device(config.train.device)
     keep_freed_memory()
     out.mkdir(parents=True, exist_ok=True)
-    saved = _saved_run(config, out) if resume else None
+    saved = saved_run(config, out) if resume else None
     checkpoint = latest(out)
     if saved is None and checkpoint is not None:
         raise ConfigError(f"{out} holds checkpoints of another run, up to {checkpoint.name}. Choose another folder, or move them away")
@@ -337,46 +337,6 @@ def _finish(run: Run, hooks: Sequence[Hook]) -> TrainSummary:
     return summary
 
 
-def _saved_run(config: RunConfig, out: Path) -> dict[str, Any] | None:
-    """run.json of an earlier sitting; refuses one of another configuration."""
-    try:
-        saved: dict[str, Any] = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise CheckpointError(f"{out / 'run.json'} is damaged ({error}); restore it, or train into another folder") from error
-    missing = {"config", "total_steps"} - set(saved)
-    if missing:
-        raise CheckpointError(f"{out / 'run.json'} lacks {', '.join(sorted(missing))}; restore it, or train into another folder")
-    before, now = _comparable(from_dict(RunConfig, saved["config"])), _comparable(config)
-    if before != now:
-        change = _first_difference(before, now)
-        raise ConfigError(f"the run in {out} has another configuration: {change}. Resume with its options, or choose another --out")
-    return saved
-
-
-def _comparable(config: RunConfig) -> dict[str, Any]:
-    """The configuration without what a run fills in or may change between sittings."""
-    values: dict[str, Any] = to_dict(config)
-    values.pop("table")
-    for name in ("vocab_size", "pad_token"):
-        values["model"].pop(name)
-    if values["model"]["engram"]:
-        for name in ("canonical_vocab", "pad_token"):
-            values["model"]["engram"].pop(name)
-    for name in ("seconds", "device", "save_every", "keep_checkpoints", "eval_every", "log_every", "tensorboard"):
-        values["train"].pop(name)
-    return values
-
-
-def _first_difference(before: Any, now: Any, path: str = "") -> str:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in before:
-            if before[key] != now.get(key):
-                return _first_difference(before[key], now.get(key), f"{path}.{key}" if path else key)
-    return f"{path} was {before!r}, now {now!r}"
-
-
 @contextmanager
 def _disk_full_explained(out: Path) -> Iterator[None]:
     """Checkpoints and shards explain themselves; this is for metrics.jsonl and run.json."""
@@ -402,24 +362,3 @@ def _check_fits(config: RunConfig, device: torch.device) -> None:
         )
     else:
         check_memory(need + table, "weights, gradients, optimizer state and (unless --table.store disk keeps it there) the memory table")
-
-
-@contextmanager
-def stop_on_interrupt() -> Iterator[threading.Event]:
-    """The first Ctrl-C sets the event, a second one interrupts at once. Outside the main thread signals are left alone."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handle(_number: int, _frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

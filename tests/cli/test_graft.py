@@ -1,0 +1,85 @@
+"""`byrote graft`: from a folder of text and a model to a pack, or an error that says what to do."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from byrote.cli.main import main
+from tests.graft.trained import animal_text, planet_text, train_host, write_folder
+
+SIZES = ["--sequence-length", "32", "--batch-sequences", "2", "--rows-per-order", "101", "--validation-bytes", "1000", "--context", "64"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("graft")
+    train_host(root / "host", steps=1)
+    write_folder(root / "planets", [planet_text(number, sentences=10) for number in range(6)])
+    write_folder(root / "animals", [animal_text(number, sentences=10) for number in range(6)])
+    return root
+
+
+def arguments(folder: Path, out: str, *more: str) -> list[str]:
+    places = ["--text", str(folder / "planets"), "--outside", str(folder / "animals"), "--out", str(folder / out)]
+    return ["graft", str(folder / "host"), *places, *SIZES, *more]
+
+
+def test_a_pack_is_written_and_its_figures_are_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(folder, "pack", "--layers", "0,2", "--epochs", "0.2", "--json")) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["pack"] == str(folder / "pack")
+    assert [row["kind"] for row in result["results"]] == ["graft"]
+    assert result["results"][0]["measured"]["inside"] > 0 < result["before"]["outside"]
+    manifest = json.loads((folder / "pack" / "manifest.json").read_text())
+    assert manifest["layers"] == [0, 2]
+    assert main(["memory", "verify", str(folder / "pack")]) == 0
+    capsys.readouterr()
+    assert main(arguments(folder, "pack")) == 2
+    assert "never overwritten" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_it_would_need_and_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(folder.iterdir())
+    assert main(arguments(folder, "dry", "--dry-run", "--json")) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["plan"]["tokens"] > 0 and plan["plan"]["disk_bytes"] > plan["plan"]["ram_bytes"] > 0
+    assert plan["config"]["controls"] == []
+    assert plan["engram"]["layers"] == [1]
+    assert sorted(folder.iterdir()) == before
+
+
+def test_an_interrupted_graft_exits_with_130_and_the_same_command_goes_on(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def stopped() -> Iterator[threading.Event]:
+        stop = threading.Event()
+        stop.set()
+        yield stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr("byrote.train.interrupt.stop_on_interrupt", stopped)
+        assert main(arguments(folder, "parts", "--epochs", "0.1")) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert not (folder / "parts").exists() and (folder / "parts.work").is_dir()
+    assert main(arguments(folder, "parts", "--epochs", "0.1")) == 0
+    assert (folder / "parts" / "CARD.md").is_file() and not (folder / "parts.work").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give --text FOLDER, or --facts TABLE.csv"),
+        (["--text", "x", "--controls", "everything"], "allowed: one-row, shuffled, frozen-rows, no-lookup, lora"),
+        (["--text", "x", "--laiers", "1"], "nearest: --layers"),
+        (["--text", "x", "--lr", "fast"], "lr is 'fast'"),
+    ],
+)
+def test_mistakes_are_named(folder: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    assert main(["graft", str(folder / "host"), "--out", str(folder / "never"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (folder / "never").exists() and not (folder / "never.work").exists()
