@@ -104,7 +104,7 @@ def test_a_fact_is_recalled_after_writing_and_held_out_text_feels_no_more_than_t
 
 
 def test_facts_that_share_n_grams_are_written_beside_one_another_or_not_at_all(model: Model, tokenizer: Tokenizer, held: HeldOut) -> None:
-    alike = [Fact(f"The metal of Za{middle}mir is", f" {metal}") for middle, metal in zip(SYLLABLES, METALS, strict=False)]
+    alike = [Fact(f"The metal of Za{middle}mir is", f" {metal}") for middle, metal in zip(SYLLABLES[:4], METALS[:4], strict=True)]
     entries, alone = list[Entry](), rows_of(model)
     for fact in alike:
         entry = write_fact(model, tokenizer, fact, held, CONFIG, entries).entry
