@@ -12,9 +12,9 @@ from pathlib import Path
 from byrote.kernels import native
 
 FOLDER = Path(__file__).parent
-HEADERS = ("decode_step/tape.h", "decode_step/rows.h", "decode_step/attend.h", "decode_step/experts.h", "decode_step/streams.h")
-SHARED = ("sinkhorn/sinkhorn.h", "lanes.h")
-SOURCES = (FOLDER / "decode_step.c", *(native.INCLUDE / header for header in (*HEADERS, *SHARED)))
+HEADERS = ("tape.h", "rows.h", "attend.h", "experts.h", "streams.h", "index.h", "latent_index.h", "window.h")
+SHARED = ("sinkhorn/sinkhorn.h", "sparse_index/threshold.h", "lanes.h")
+SOURCES = (*(FOLDER / file for file in ("decode_step.c", *HEADERS)), *(native.INCLUDE / header for header in SHARED))
 MOST_ROWS, MOST_STREAMS, MOST_CHOSEN = 16, 8, 32
 POINTERS = 8
 LINE = 16  # floats of a cache line
@@ -25,6 +25,7 @@ class Code(IntEnum):
 
     EMBED, TURN, LINEAR, LATENT, ATTEND, ROUTE, EXPERTS_UP, EXPERTS_DOWN = range(8)
     MANIFOLD_ENTER, FREE_ENTER, LEAVE, MEAN, NORM, MEMORY = range(8, 14)
+    INDEX_SCORE, INDEX_CHOOSE, INDEX_KEEP, ATTEND_CHOICE, WINDOW_TURN, WINDOW_KEEP, WINDOW_ATTEND, GROUPED = range(14, 22)
 
 
 class Flag(IntFlag):
