@@ -20,7 +20,7 @@ from byrote.kernels.decode_step import cpu
 from byrote.kernels.decode_step.cpu import MOST_ROWS, Code, Flag
 from byrote.model.batch import Batch
 from byrote.model.block import Block
-from byrote.model.config import DSAConfig, MLAConfig, ModelConfig, MoEConfig
+from byrote.model.config import DSAConfig, ModelConfig, MoEConfig
 from byrote.model.csa import V4Attention
 from byrote.model.dsa import DSA
 from byrote.model.engram import Engram
@@ -29,9 +29,7 @@ from byrote.model.linear import GroupedLinear, Linear
 from byrote.model.mla import MLA
 from byrote.model.moe import Experts, FeedForward, LocalSort, MoE
 from byrote.model.norm import RMSNorm
-from byrote.model.rope import amplitude, frequencies, softmax_factor
-from byrote.model.state import Track
-from byrote.model.tape_sparse import SparseLatents, WindowBlock, rows_of
+from byrote.model.tape_sparse import SparseLatents, WindowBlock, latents_of, size_latents, with_room
 from byrote.model.transformer import Model
 
 
@@ -45,10 +43,14 @@ def write_tape(model: Model) -> "Tape":
 
 def _check(model: Model) -> None:
     c = model.config
-    for layer, latent in _latents_of(c).items():
+    for layer, latent in latents_of(c).items():
         kind = c.attention_of(layer)
-        if latent != next(iter(_latents_of(c).values())):
-            _refuse(f"the attention of block {layer}", type(kind).__name__, "a tape has one size and rope of latents for all blocks that have some")
+        if latent != next(iter(latents_of(c).values())):
+            _refuse(
+                f"the attention of block {layer}",
+                type(kind).__name__,
+                "a tape has one size and rope of latents for all blocks that have some",
+            )
         if isinstance(kind, DSAConfig) and kind.index_fp8:
             _refuse(f"the indexer of block {layer}", "rounded to FP8", "a tape computes in fp32")
     if c.residual.streams > cpu.MOST_STREAMS:
@@ -60,13 +62,6 @@ def _check(model: Model) -> None:
             _refuse(f"a forward hook on {name or 'the model'}", "set", "a tape calls none")
     if model.embed.weight.device.type == "cpu" and cpu.library() is None:  # compiled only where it could serve
         _refuse("its C library", "not at hand", str(native.status()["reason"]))
-
-
-def _latents_of(c: ModelConfig) -> dict[int, MLAConfig]:
-    """The latent attention of every block that has one."""
-    kinds = {layer: c.attention_of(layer) for layer in range(c.num_layers)}
-    kinds |= {layer: kind.mla for layer, kind in kinds.items() if isinstance(kind, DSAConfig)}
-    return {layer: kind for layer, kind in kinds.items() if isinstance(kind, MLAConfig)}
 
 
 def _refuse(what: str, got: object, allowed: str) -> NoReturn:
@@ -112,9 +107,7 @@ class _Writer:
             self._made[key] = make()
         return self._made[key]
 
-    def expect(self, module: nn.Module, kind: type[nn.Module]) -> None:
-        """Refuse a module of any other type."""
-        _expect(module, kind)
+    expect = staticmethod(_expect)
 
     def weight(self, tensor: Tensor) -> int:
         """Its address; the tape keeps it alive."""
@@ -185,7 +178,7 @@ class _Writer:
 
     def model(self) -> None:
         model, dim = self._model, self.config.dim
-        turns = bool(_latents_of(self.config))
+        turns = bool(latents_of(self.config))
         self.op(Code.EMBED, y=self.streams, w=(model.embed.weight,), sync=not turns)
         if turns:
             self.op(Code.TURN)
@@ -358,7 +351,7 @@ class Tape:
         if self._sparse:
             batch = replace(batch, place_BT=batch.place_BT.contiguous())  # C reads it where it lies
         for layer, cache in enumerate(state.caches):
-            self._caches[layer] = self._sparse[layer].prepare(cache, batch) if layer in self._sparse else _with_room(cache, T)
+            self._caches[layer] = self._sparse[layer].prepare(cache, batch) if layer in self._sparse else with_room(cache, T)
         tails = [state.tails[slot] for slot in range(self._num_tails)]
         fresh = [torch.empty_like(tail.values) for tail in tails]
         for slot, (tail, values) in enumerate(zip(tails, fresh, strict=True)):
@@ -387,16 +380,11 @@ class Tape:
         cpu.run(self._sizes, self._ops, call)
 
 
-def _with_room(cache: Track, tokens: int) -> cpu.Kept:
-    cache.extend(tokens)
-    return rows_of(cache)
-
-
 def _sizes(c: ModelConfig, writer: _Writer) -> cpu.Sizes:
     m, e, r = c.moe, c.engram, c.residual
     sizes = cpu.Sizes(dim=c.dim, streams=r.streams, vocab=c.vocab_size, sinkhorn_iters=r.sinkhorn_iters, mix_eps=r.eps)
-    for a in list(_latents_of(c).values())[:1]:  # `_check` has seen that all are the same
-        _size_latents(sizes, a, writer)
+    for a in list(latents_of(c).values())[:1]:  # `_check` has seen that all are the same
+        size_latents(sizes, a, writer)
     sizes.limit = float("inf") if c.swiglu_limit is None else c.swiglu_limit
     if m is not None:
         sizes.experts, sizes.top_k, sizes.hidden, sizes.route_scale = m.num_experts, m.top_k, m.expert_hidden, m.route_scale
@@ -405,11 +393,3 @@ def _sizes(c: ModelConfig, writer: _Writer) -> cpu.Sizes:
     if e is not None:
         sizes.taps, sizes.dilation, sizes.hard = e.conv_kernel, e.dilation, e.gate == "hard"
     return sizes
-
-
-def _size_latents(sizes: cpu.Sizes, a: MLAConfig, writer: _Writer) -> None:
-    frequencies_K = frequencies(a.qk_rope_head_dim, a.rope)
-    sizes.heads, sizes.latent, sizes.rope = a.num_heads, a.kv_lora_rank, a.qk_rope_head_dim
-    sizes.nope, sizes.value, sizes.half = a.qk_nope_head_dim, a.v_head_dim, a.rope.layout == "half"
-    sizes.attend_scale, sizes.turn_scale = a.qk_head_dim**-0.5 * softmax_factor(a.rope.yarn), amplitude(a.rope.yarn)
-    sizes.frequencies, sizes.turn = writer.weight(frequencies_K), writer.buffer("turn", a.qk_rope_head_dim).data_ptr()

@@ -13,21 +13,38 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from byrote.kernels.decode_step.cpu import MOST_ROWS, Code, Kept
+from byrote.kernels.decode_step.cpu import MOST_ROWS, Code, Kept, Sizes
 from byrote.kernels.decode_step.sparse import Chooser, LatentIndex, Pool, Window
 from byrote.model.batch import Batch
+from byrote.model.config import DSAConfig, MLAConfig, ModelConfig
 from byrote.model.csa import Compressor, GroupedProjection, V4Attention
 from byrote.model.csa import Indexer as EntryIndexer
 from byrote.model.dsa import DSA
 from byrote.model.dsa import Indexer as LatentIndexer
 from byrote.model.norm import RMSNorm
-from byrote.model.rope import amplitude, frequencies
-from byrote.model.state import Drawers, Entries, Tail, Track
+from byrote.model.rope import amplitude, frequencies, softmax_factor
+from byrote.model.state import Entries, Tail, Track
 
 if TYPE_CHECKING:
     from byrote.model.tape import _Writer
 
 _ALL = 1 << 62  # keys: as many as there are
+
+
+def latents_of(c: ModelConfig) -> dict[int, MLAConfig]:
+    """The latent attention of every block that has one."""
+    kinds = {layer: c.attention_of(layer) for layer in range(c.num_layers)}
+    kinds |= {layer: kind.mla for layer, kind in kinds.items() if isinstance(kind, DSAConfig)}
+    return {layer: kind for layer, kind in kinds.items() if isinstance(kind, MLAConfig)}
+
+
+def size_latents(sizes: Sizes, a: MLAConfig, writer: "_Writer") -> None:
+    """Latent attention, as C knows it."""
+    frequencies_K = frequencies(a.qk_rope_head_dim, a.rope)
+    sizes.heads, sizes.latent, sizes.rope = a.num_heads, a.kv_lora_rank, a.qk_rope_head_dim
+    sizes.nope, sizes.value, sizes.half = a.qk_nope_head_dim, a.v_head_dim, a.rope.layout == "half"
+    sizes.attend_scale, sizes.turn_scale = a.qk_head_dim**-0.5 * softmax_factor(a.rope.yarn), amplitude(a.rope.yarn)
+    sizes.frequencies, sizes.turn = writer.weight(frequencies_K), writer.buffer("turn", a.qk_rope_head_dim).data_ptr()
 
 
 class Ends(NamedTuple):
@@ -67,6 +84,13 @@ class Choice:
 
 def rows_of(track: Track | Entries) -> Kept:
     return Kept(track.values.data_ptr(), track.values.stride(0))
+
+
+def with_room(cache: Any, tokens: int) -> Kept:
+    """Of a track that the new tokens fit into."""
+    assert isinstance(cache, Track), "the caller looks for other caches"
+    cache.extend(tokens)
+    return rows_of(cache)
 
 
 def _extended(tail: Tail, tokens: int) -> Kept:
@@ -118,7 +142,7 @@ class SparseLatents:
         out, flags = writer.result()
         writer.linear(heads, attn.mla.o, out, flags=flags)
 
-    def prepare(self, cache: Drawers, batch: Batch) -> Kept:
+    def prepare(self, cache: Any, batch: Batch) -> Kept:
         """The cache of latents, with room."""
         tokens, block = batch.tokens_BT.shape[1], self._block
         for name in ("latents", "index"):
@@ -208,7 +232,7 @@ class WindowBlock:
         writer.active_numbers += weight.numel()
         writer.linear(between, attn.o_b, out, flags=flags)
 
-    def prepare(self, cache: Drawers, batch: Batch) -> Kept:
+    def prepare(self, cache: Any, batch: Batch) -> Kept:
         """Room in all drawers; there is no cache of latents."""
         tokens, block, c = batch.tokens_BT.shape[1], self._block, self._attn.config
         block.near, block.places = _extended(cache["window"], tokens), batch.place_BT.data_ptr()

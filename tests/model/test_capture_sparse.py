@@ -1,18 +1,20 @@
 """Captured steps of V3.2's and V4's attention: windows, groups and choices are those of the ordinary step, wherever borders fall."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
+from byrote.errors import ConfigError
 from byrote.model.capture import capture
-from byrote.model.config import DSAConfig, EngramConfig, RopeConfig
+from byrote.model.config import DSAConfig, RopeConfig
 from byrote.model.transformer import Model
-from tests.model.test_capture import alone, assert_same_states, decoding, threads  # noqa: F401  fixtures
-from tests.model.test_csa import MOE, V4, v4_config
-from tests.model.tiny_models import ATTENTION, ENGRAM, RESIDUALS, bare, build, text, whole
-from tests.tolerances import assert_bitwise, assert_close_fp32
+from tests.model.test_capture import alone, decoding, threads  # noqa: F401  fixtures
+from tests.model.test_csa import V4, v4_config
+from tests.model.tiny_models import ATTENTION, ENGRAM, bare, build, text, whole
+from tests.tolerances import assert_close_fp32
 
 DSA = DSAConfig(mla=ATTENTION, index_num_heads=3, index_head_dim=8, index_top_k=11)
 ODD = replace(V4, num_heads=5, head_dim=37, o_groups=1, index_head_dim=19, index_num_heads=35, rope_head_dim=10, sliding_window=3)
@@ -26,7 +28,9 @@ MODELS = {
     "v4, wide": v4_config(mtp=None, attention=replace(V4, head_dim=80, rope_head_dim=16, index_head_dim=32, sliding_window=130)),
     "v4, all entries read": v4_config(mtp=None, attention=replace(V4, index_stage="dense_warmup")),
     "dsa": whole(attention=DSA, mtp=None),
-    "dsa, hadamard, full-rank queries": whole(attention=replace(DSA, index_hadamard=True, mla=replace(ATTENTION, q_lora_rank=None)), mtp=None),
+    "dsa, hadamard, full-rank queries": whole(
+        attention=replace(DSA, index_hadamard=True, mla=replace(ATTENTION, q_lora_rank=None)), mtp=None
+    ),
     "dsa, half layout, dense": bare(attention=replace(DSA, mla=replace(ATTENTION, rope=RopeConfig(layout="half")))),
     "mla, dsa and v4": bare(num_layers=3, attention=(ATTENTION, DSA, replace(V4, compress_ratios=(4,)))),
 }
@@ -95,9 +99,11 @@ def test_two_texts_may_go_on_from_one_snapshot():
     for state in states:
         step.model.inner(tokens_BT[:, :126], state=state)
         step(tokens_BT[:, 126:127], state=state)
-    for mine, theirs in zip(states[0].caches, states[1].caches, strict=True):
-        theirs["window"].restore(mine["window"].snapshot())
-    said = [[step(part[:, at : at + 1], state=state).logits for part, state in zip((tokens_BT, other_BT), states)] for at in range(127, 140)]
+    states[1].restore(states[0].snapshot())
+    said = [
+        [step(part[:, at : at + 1], state=state).logits for part, state in zip((tokens_BT, other_BT), states, strict=True)]
+        for at in range(127, 140)
+    ]
     for number, part_BT in enumerate((tokens_BT, other_BT)):
         whole_BT = torch.cat((tokens_BT[:, :127], part_BT[:, 127:140]), dim=1)
         assert_close_fp32(torch.cat([pair[number] for pair in said], dim=1), model(whole_BT).logits[:, 127:])
@@ -123,7 +129,7 @@ def test_documents_change_inside_a_captured_piece_and_padding_sees_nothing(name)
     step, state = alone(capture(model)), model.new_state(2)
     cuts = (130, *range(134, 160, 4), 160)
     parts = [model(tokens_BT[:, :130], document_BT=document_BT[:, :130], state=state).logits]
-    for start, end in zip(cuts, cuts[1:]):
+    for start, end in pairwise(cuts):
         parts.append(step(tokens_BT[:, start:end], document_BT=document_BT[:, start:end], state=state).logits)
     assert_close_fp32(torch.cat(parts, dim=1), model(tokens_BT, document_BT=document_BT).logits)
 
@@ -133,7 +139,7 @@ def test_positions_may_be_given():
     step, states = alone(capture(model)), [model.new_state() for _ in range(2)]
     for at in range(0, 12, 4):
         piece, position_BT = tokens_BT[:, at : at + 4], torch.arange(4)[None] * 3 + 5 * at
-        got, want = (call(piece, state=state, position_BT=position_BT).logits for call, state in zip((step, model), states))
+        got, want = (call(piece, state=state, position_BT=position_BT).logits for call, state in zip((step, model), states, strict=True))
         assert_close_fp32(got, want)
 
 
@@ -143,7 +149,7 @@ def test_the_stage_may_change_between_steps():
     for at in range(0, 150, 15):
         for block in model.blocks:
             block.attn.stage = "sparse" if at % 2 else "dense_warmup"
-        got, want = (call(tokens_BT[:, at : at + 15], state=state).logits for call, state in zip((step, model), states))
+        got, want = (call(tokens_BT[:, at : at + 15], state=state).logits for call, state in zip((step, model), states, strict=True))
         assert_close_fp32(got, want)
 
 
@@ -162,3 +168,12 @@ def test_equal_scores_choose_the_earlier_entries():
         if block.attn.indexer is not None:
             block.attn.indexer.weights.weight.zero_()
     steps(model, text(2, 90), 60, 3)
+
+
+def test_what_a_tape_cannot_express_is_refused_by_name():
+    with pytest.raises(ConfigError, match="indexer of block 0 is rounded to FP8"):
+        capture(build(whole(attention=replace(DSA, index_fp8=True))))
+    model = build(V4_MODEL)
+    model.blocks[0].ffn.table_VK[3, 1] = 5
+    with pytest.raises(ConfigError, match=r"a table of experts is 0 \.\. 5 on cpu"):
+        capture(model)
