@@ -7,6 +7,7 @@
 Headers are read first, so that names, shapes and dtypes are checked before the first number is. Nothing is unpickled.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,12 +57,25 @@ def read_headers(folder: Path) -> dict[str, Header]:
     return headers
 
 
-def stream(folder: Path, headers: Mapping[str, Header]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor on the CPU), file by file: one tensor is in memory at a time."""
-    for file in sorted({header.file for header in headers.values()}):
+def stream(
+    folder: Path, headers: Mapping[str, Header], beside: Mapping[str, tuple[str, str]] | None = None
+) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """(name, tensor on the CPU, the one beside it), file by file: one file is mapped at a time, or two where the other lies elsewhere.
+
+    `beside` is name → (file, name) of what is read together with it.
+    """
+    in_order = sorted(headers, key=lambda name: headers[name].file)
+    for file, names in itertools.groupby(in_order, lambda name: headers[name].file):
         with _opened(folder / file) as weights:
-            for name in (name for name, header in headers.items() if header.file == file):
-                yield name, weights.get_tensor(name)
+            for name in names:
+                yield name, weights.get_tensor(name), _beside(folder, file, weights, (beside or {}).get(name))
+
+
+def _beside(folder: Path, open_file: str, weights: Any, place: tuple[str, str] | None) -> Tensor | None:
+    if place is None or place[0] == open_file:
+        return None if place is None else weights.get_tensor(place[1])
+    with _opened(folder / place[0]) as others:
+        return others.get_tensor(place[1])
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -96,12 +96,16 @@ def test_bfloat16_stays_bfloat16_and_the_routers_bias_fp32(tmp_path: Path) -> No
     assert_bitwise(again.blocks[1].ffn.bias, model.blocks[1].ffn.bias)
 
 
-def test_transformers_reads_an_export_and_computes_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["release", "transformers"])
+def test_transformers_reads_an_export_and_computes_the_same(layout: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = from_transformers(tiny_v3(hidden_size=24, moe_intermediate_size=8)).eval()
     model = with_random_mtp(model)
-    export_hf(model, None, tmp_path / "hf", max_shard_bytes=6000)
+    export_hf(model, None, tmp_path / "hf", layout=layout, max_shard_bytes=6000)
+    again = import_hf(tmp_path / "hf").state_dict()
+    for name, tensor in model.state_dict().items():
+        assert_bitwise(again[name], tensor)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     tokens = torch.randint(0, 53, (2, 7))
     with pytest.warns(UserWarning, match="MTP"):
@@ -161,7 +165,7 @@ def test_mtp_has_the_names_of_the_release_and_copies_of_embedding_and_head(folde
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "convert the weights to bfloat16"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config.quant_method is 'awq'; byrote reads 'fp8'"),
         ({"num_key_value_heads": 1}, "num_key_value_heads is 1"),
         ({"n_shared_experts": 0}, "n_shared_experts is 0"),
         ({"hidden_size": "10"}, "hidden_size is '10'"),

@@ -1,4 +1,4 @@
-"""Small codes with a scale a block: what every code is worth by the formats' own rules, whose scale is whose, and the fast way is the slow one."""
+"""Small codes with a scale a block: what every code is worth by the formats' rules, whose scale is whose, and fast is as slow."""
 
 import math
 
