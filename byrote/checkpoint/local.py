@@ -267,8 +267,14 @@ def _flat(values: Any, path: str = "model") -> dict[str, Any]:
 
 
 def _blank(config: ModelConfig, make_table: MakeTable | None) -> Model:
-    """A model to load into. Its rows are zero, which costs nothing; random ones would take minutes for a large table."""
-    engram = None if config.engram is None else replace(config.engram, table_std=0.0)
+    """A model to load into. Its rows are zero, which costs nothing; random ones would take minutes for a large table.
+
+    Without memory it is without storage, which all comes from the file. The maps of a hash have values of their own.
+    """
+    if config.engram is None:
+        with torch.device("meta"):
+            return Model(config)
+    engram = replace(config.engram, table_std=0.0)
     model = Model(replace(config, engram=engram), make_table=make_table or DeviceTable)
     model.config = config
     return model

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -305,6 +306,33 @@ def test_only_a_v3_model_is_overwritten_and_only_when_asked(folder: Path, tmp_pa
     with pytest.raises(ConfigError, match="is a file"):
         export_hf(other, None, tmp_path / "letters" / "mother.txt", overwrite=True)
     assert contents(tmp_path / "letters") == {"mother.txt": b"dear"}
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+GROWTH = """
+import sys
+from pathlib import Path
+import byrote
+from byrote.checkpoint.huggingface import import_hf, inspect_hf
+resident = lambda key: 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+model_bytes = inspect_hf(sys.argv[1]).num_bytes
+Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+before = resident("VmRSS")
+model = import_hf(sys.argv[1])
+print(model_bytes, resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system does not say how much memory a process had at most")
+def test_an_import_needs_memory_for_the_model_and_one_file(tmp_path: Path) -> None:
+    moe, limit = replace(PLAIN.moe, expert_hidden=512, num_experts=12), 2 << 20
+    plan = export_hf(Model(replace(PLAIN, dim=256, moe=moe, mtp=None)), None, tmp_path / "hf", max_shard_bytes=limit)
+    assert len(plan.shards) > 16
+    out = subprocess.run([sys.executable, "-c", GROWTH, str(tmp_path / "hf")], capture_output=True, text=True, check=True).stdout
+    model_bytes, growth = map(int, out.split())
+    assert model_bytes == plan.num_bytes
+    assert growth <= model_bytes + limit + (8 << 20)  # the last: what Python and PyTorch load on the way
 
 
 def test_folders_need_no_transformers_and_the_rest_says_how_to_install_it(
