@@ -243,7 +243,7 @@ def _check_names(pieces: list[Piece], given: Iterable[str], where: str) -> None:
     if problems:
         raise CheckpointError(
             f"the tensors of {where} are not those of the model its configuration describes: {listing(problems)}; "
-            "check num_hidden_layers, first_k_dense_replace, n_routed_experts, q_lora_rank and num_nextn_predict_layers"
+            f"check {CONFIG_FILE}'s counts of layers, experts and MTP layers, and whether the folder is whole"
         )
 
 

@@ -27,6 +27,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of weights
 WHOLE_DTYPES = {"I64": torch.int64}  # of tables of ids
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_LFS_POINTER = b"version https://git-lfs"
 
 
 class Header(NamedTuple):
@@ -114,6 +115,8 @@ def _nothing_to_read(folder: Path) -> str:
             f"{folder} has its weights in {listing(pickled)}. Such files can run code when they are opened, and byrote never unpickles; "
             "where you trust their source, load them with transformers and save_pretrained into a new folder, which writes safetensors"
         )
+    if any(name.endswith(".safetensors") for name in names):
+        return f"{folder} has no {INDEX}, which says what lies in which of its files; download it too"
     return f"{folder} has neither {WEIGHTS} nor {INDEX} (it holds: {listing(names) or 'nothing'}); download the weights too"
 
 
@@ -129,6 +132,8 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt", device="cpu") as weights:
             yield weights
     except (OSError, SafetensorError) as error:
+        if file.is_file() and file.open("rb").read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise CheckpointError(f"{file} is Git LFS's note of a file, not the file; fetch it: git lfs pull") from None
         raise CheckpointError(f"{file} is missing or damaged ({error}); copy or download it again") from None
 
 

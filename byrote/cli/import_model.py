@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from byrote.console import Progress, format_bytes, format_count, print_table
-from byrote.errors import ConfigError
+from byrote.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from byrote.checkpoint.huggingface import Inspected
@@ -43,7 +43,10 @@ def run(args: argparse.Namespace) -> int:
     target = _new_folder(args.target)
     check_disk(target, found.num_bytes, f"the checkpoint {target}")
     wanted = found.has_tokenizer and not args.without_tokenizer
-    tokenizer = import_tokenizer(args.source, found.config) if wanted else None
+    try:
+        tokenizer = import_tokenizer(args.source, found.config) if wanted else None
+    except (DataError, CheckpointError) as error:
+        raise type(error)(f"{error}; --without-tokenizer imports the weights alone") from error
     if not args.dry_run:
         with Progress("import") as live:
             model = import_hf(args.source, report=live.update)

@@ -242,6 +242,17 @@ def test_a_damaged_or_misplaced_file_is_named(tmp_path: Path) -> None:
         inspect_hf(tmp_path / "hf")
 
 
+def test_a_folder_without_its_index_or_with_pointers_to_its_files_says_what_to_fetch(tmp_path: Path) -> None:
+    export_hf(random_model(), None, tmp_path, max_shard_bytes=20_000)
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    shard.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 20000\n")
+    with pytest.raises(CheckpointError, match=rf"{shard.name} is Git LFS's note .* git lfs pull"):
+        inspect_hf(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no model\.safetensors\.index\.json"):
+        inspect_hf(tmp_path)
+
+
 def test_a_folder_without_a_model_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
         import_hf(tmp_path / "nothing")
