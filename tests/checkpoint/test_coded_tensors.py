@@ -22,8 +22,8 @@ from tests.tolerances import assert_bitwise
 
 BLOCK = (4, 3)  # divides no width of these models
 FORM = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(BLOCK)}
-V4_PLAIN = ("embed", "head", "norm", "gate", "compressor", "weights_proj", "hc_", "attn_sink")
-V3_PLAIN = ("embed_tokens", "head", "norm", "mlp.gate.", "weights_proj")
+NOT_CODED = ("embed", "head.", "norm", "gate.", "compressor", "weights_proj", "hc", "sink", "tid2eid")
+FP32 = ("bias", "ape", "sink", "hc", "k_norm")
 
 
 def v4_config() -> ModelConfig:
@@ -34,42 +34,42 @@ CONFIGS: dict[str, Callable[[], ModelConfig]] = {
     "V3": lambda: PLAIN,
     "V3.2": lambda: replace(PLAIN, attention=DSAConfig(mla=PLAIN.attention, index_num_heads=4, index_head_dim=8, index_top_k=3)),
     "V4": v4_config,
+    "V3 in transformers' names": lambda: PLAIN,
+    "V4 in transformers' names": lambda: replace(v4_config(), mtp=None),
 }
 
 
-def released(architecture: str, folder: Path) -> dict[str, Tensor]:
+def released(kind: str, folder: Path) -> dict[str, Tensor]:
     """A folder as DeepSeek publishes them, with random codes and scales, some scales in a file of their own; returns decoded tensors."""
-    model = Model(CONFIGS[architecture](), seed=1)
-    export_hf(model, None, folder)
+    layout = "transformers" if "transformers" in kind else "release"
+    export_hf(Model(CONFIGS[kind](), seed=1), None, folder, layout=layout)
     (folder / "model.safetensors").rename(folder / "plain")
-    stored, scales, want = {}, {}, {}
+    stored: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
+    want: dict[str, Tensor] = {}
     for name, tensor in load_file(folder / "plain").items():
-        is_v4, fp32 = architecture == "V4", name.endswith(("bias", "ape", "attn_sink")) or "hc_" in name or "k_norm" in name
-        if tensor.dim() != 2 or any(part in name for part in (V4_PLAIN if is_v4 else V3_PLAIN)) or name.endswith("tid2eid"):
-            stored[name] = tensor.clone() if fp32 or not tensor.is_floating_point() else tensor.bfloat16()
-            want[name] = stored[name]
+        if tensor.dim() < 2 or any(part in name for part in NOT_CODED):
+            as_is = any(part in name for part in FP32) or not tensor.is_floating_point()
+            want[name] = stored[name] = tensor.clone() if as_is else tensor.bfloat16()
             continue
-        codes, scale, block = random_codes(tensor.shape, fp4=is_v4 and ".experts." in name, power=is_v4)
+        codes, scale, block = random_codes(tensor.shape, fp4="V4" in kind and ".experts." in name, power="V4" in kind)
         stored[name], want[name] = codes, dequantize_reference(codes, scale, block, torch.bfloat16)
-        (scales if "down_proj" in name or "w2" in name else stored)[scale_name(name, is_v4)] = scale
+        scale_name = name.removesuffix("weight") + "scale" if kind == "V4" else f"{name}_scale_inv"
+        (scales if "down_proj" in name or "w2" in name else stored)[scale_name] = scale
     (folder / "plain").unlink()
     files = {"model-00001-of-00002.safetensors": scales, "model-00002-of-00002.safetensors": stored}
     for file, tensors in files.items():
         save_file(tensors, folder / file)
     placed = {name: file for file, tensors in files.items() for name in tensors}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
-    edit_config(folder, quantization_config=FORM | ({"scale_fmt": "ue8m0"} if is_v4 else {}), torch_dtype="bfloat16")
+    edit_config(folder, quantization_config=FORM | ({"scale_fmt": "ue8m0"} if "V4" in kind else {}), torch_dtype="bfloat16")
     return want
 
 
-def scale_name(weight: str, is_v4: bool) -> str:
-    return weight.removesuffix("weight") + "scale" if is_v4 else f"{weight}_scale_inv"
-
-
 def random_codes(shape: torch.Size, *, fp4: bool, power: bool) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    block, (rows, columns) = FP4_BLOCK if fp4 else BLOCK, shape
-    codes = torch.randint(0, 127, (rows, columns // 2 if fp4 else columns), dtype=torch.uint8)
-    scale = torch.rand(-(-rows // block[0]), -(-columns // block[1])) / 400
+    block, (*front, rows, columns) = FP4_BLOCK if fp4 else BLOCK, shape
+    codes = torch.randint(0, 256 if fp4 else 127, (*front, rows, columns // 2 if fp4 else columns), dtype=torch.uint8)
+    scale = torch.rand(*front, -(-rows // block[0]), -(-columns // block[1])) / 400
     if power:
         scale = torch.randint(110, 120, scale.shape, dtype=torch.uint8).view(torch.float8_e8m0fnu)
     return codes.view(torch.int8 if fp4 else torch.float8_e4m3fn), scale, block
@@ -89,11 +89,12 @@ def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_a_released_folder_is_decoded_tensor_by_tensor_and_computes(architecture: str, tmp_path: Path) -> None:
-    want = released(architecture, tmp_path)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_released_folder_is_decoded_tensor_by_tensor_and_computes(kind: str, tmp_path: Path) -> None:
+    want = released(kind, tmp_path)
     found, model = inspect_hf(tmp_path), import_hf(tmp_path)
-    assert model.config == CONFIGS[architecture]()
+    assert model.config == CONFIGS[kind]()
+    assert {"F8_E4M3", "F8_E8M0" if "V4" in kind else "F32"} < set(found.dtypes) and len(found.coded) > 20
     assert found.notes == []
     ours, brought = model.state_dict(), {piece.name: piece for piece in found.pieces}
     for name, tensor in want.items():
