@@ -96,7 +96,7 @@ def decoded(
     """
     form = quantization(data)
     scales = {name: scale for name in known for scale in _scale_names(name) if scale in headers and scale not in known}
-    codes = [name for name in known if name in headers and headers[name].dtype in CODES]
+    codes = sorted(name for name in known if name in headers and headers[name].dtype in CODES)
     problems = [problem for name, scale in scales.items() for problem in _lonely(name, scale, headers)]
     problems += [f"{name} is {headers[name].dtype} and has no {' or '.join(_scale_names(name))}" for name in codes if name not in scales]
     if problems:

@@ -29,7 +29,7 @@ def dequantize_reference(codes: Tensor, scale: Tensor, block: tuple[int, int], d
 
 def _unpack_reference(packed: Tensor) -> Tensor:
     """fp32 [.., I]"""
-    table = torch.tensor([*E2M1, *(-value for value in E2M1)])
+    table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=packed.device)
     code = packed.view(torch.uint8).long()
     return torch.stack((table[code % 16], table[code // 16]), -1).flatten(-2)
 
@@ -37,7 +37,7 @@ def _unpack_reference(packed: Tensor) -> Tensor:
 def dequantize(codes: Tensor, scale: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """The reference's result, strip by strip: beyond the result it needs a few megabytes."""
     per_byte = 1 if codes.dtype == torch.float8_e4m3fn else 2
-    out = torch.empty(*codes.shape[:-1], per_byte * codes.shape[-1], dtype=dtype)
+    out = torch.empty(*codes.shape[:-1], per_byte * codes.shape[-1], dtype=dtype, device=codes.device)
     rows = block[0] * max(1, _STRIP // max(1, block[0] * out.shape[-1]))
     for matrices in zip(*(part.flatten(0, -3) if part.dim() > 2 else part[None] for part in (out, codes, scale.float())), strict=True):
         strips = (matrix.split(size) for matrix, size in zip(matrices, (rows, rows, rows // block[0]), strict=True))
