@@ -43,6 +43,7 @@ from byrote.checkpoint.v3_names import Piece
 from byrote.device import check_disk, check_memory
 from byrote.errors import CapacityError, CheckpointError, ConfigError
 from byrote.model.config import ModelConfig
+from byrote.model.init import without_storage
 from byrote.model.transformer import Model
 from byrote.tokenizer.bpe import CONFIG_FILE as TOKENIZER_CONFIG_FILE
 from byrote.tokenizer.bpe import TOKENIZER_FILE, Tokenizer
@@ -130,12 +131,12 @@ class Inspected(NamedTuple):
     notes: list[str]  # what will not come along
 
 
-def inspect_hf(folder: str | Path) -> Inspected:
-    """Check configuration, names, shapes and dtypes. ConfigError or CheckpointError says what is in the way."""
+def inspect_hf(folder: str | Path, *, report: Report = _say_nothing) -> Inspected:
+    """Check configuration, names, shapes and dtypes; `report` hears how far it is. ConfigError, CheckpointError: what is in the way."""
     folder = standing(Path(folder).expanduser())
     data = read_json(folder / CONFIG_FILE)
     architecture = reading(data)
-    config, stored, unknown = architecture.read(data), read_headers(folder), architecture.ignored_keys(data)
+    config, stored, unknown = architecture.read(data), read_headers(folder, report), architecture.ignored_keys(data)
     notes = [f"{CONFIG_FILE} has keys byrote does not know, whose meaning is lost: {', '.join(unknown)}"] if unknown else []
     if config.mtp and not any(name.startswith(_mtp_prefixes(config)) for name in stored):
         notes.append(f"{CONFIG_FILE} announces {mtp_layers(data)} MTP layers and the files hold none: imported without")
@@ -165,7 +166,7 @@ def import_hf(folder: str | Path, *, report: Report = _say_nothing) -> Model:
     Raises what `inspect_hf` raises, before any weight is read, and CapacityError if the model does not fit into memory.
     """
     folder = standing(Path(folder).expanduser())
-    found = inspect_hf(folder)
+    found = inspect_hf(folder, report=report)
     check_memory(found.num_bytes, f"importing {folder}")
     pieces = found.pieces
     copies = {piece.name for piece in pieces if piece.is_copy and piece.name in found.headers}
@@ -198,7 +199,7 @@ def import_tokenizer(folder: str | Path, config: ModelConfig) -> Tokenizer:
 
 def _skeleton(config: ModelConfig) -> Model:
     """The modules without storage."""
-    with torch.device("meta"):
+    with without_storage():
         return Model(config)
 
 

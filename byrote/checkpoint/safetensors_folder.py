@@ -41,11 +41,15 @@ class Header(NamedTuple):
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_headers(folder: Path) -> dict[str, Header]:
-    """Name → header of every tensor. CheckpointError for a missing or damaged file, or an index that does not fit its files."""
+def read_headers(folder: Path, report: Callable[[str], None]) -> dict[str, Header]:
+    """Name → header of every tensor; `report` hears how far it is.
+
+    CheckpointError for a missing or damaged file, or an index that does not fit its files.
+    """
     files, placed = _files(folder)
     headers: dict[str, Header] = {}
-    for file in files:
+    for number, file in enumerate(files, start=1):
+        report(f"reading the header of {file} ({number} of {len(files)})")
         for name, header in _file_headers(folder, file).items():
             if name in headers:
                 raise CheckpointError(f"{name} lies in {headers[name].file} and in {file} of {folder}; keep one of the two")

@@ -39,15 +39,16 @@ def run(args: argparse.Namespace) -> int:
     from byrote.checkpoint.huggingface import import_hf, import_tokenizer, inspect_hf
     from byrote.device import check_disk
 
-    found = inspect_hf(args.source)
+    with Progress("import") as live:
+        found = inspect_hf(args.source, report=live.update)
     target = _new_folder(args.target)
-    check_disk(target, found.num_bytes, f"the checkpoint {target}")
     wanted = found.has_tokenizer and not args.without_tokenizer
     try:
         tokenizer = import_tokenizer(args.source, found.config) if wanted else None
     except (DataError, CheckpointError) as error:
         raise type(error)(f"{error}; --without-tokenizer imports the weights alone") from error
     if not args.dry_run:
+        check_disk(target, found.num_bytes, f"the checkpoint {target}")
         with Progress("import") as live:
             model = import_hf(args.source, report=live.update)
             live.update(f"writing {target}")
