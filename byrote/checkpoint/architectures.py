@@ -1,11 +1,12 @@
 """The Hugging Face architectures that byrote reads and writes, each as what an exchange needs to know of it."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from byrote.checkpoint import v3_config, v4_config, v32_config
 from byrote.checkpoint.v3_names import Piece, v3_pieces
-from byrote.checkpoint.v4_names import v4_pieces
+from byrote.checkpoint.v4_names import v4_pieces, v4_saved
 from byrote.checkpoint.v32_names import v32_pieces
 from byrote.errors import ConfigError
 from byrote.model.config import DSAConfig, MLAConfig, ModelConfig, V4AttentionConfig
@@ -18,7 +19,10 @@ class Architecture(NamedTuple):
     write: Callable[..., dict[str, Any]]  # (config, dtype, begin_id, end_id)
     check_expressible: Callable[[ModelConfig], None]
     ignored_keys: Callable[[Mapping[str, Any]], list[str]]
-    pieces: Callable[..., list[Piece]]  # (config, stacked=)
+    layouts: Mapping[str, Callable[[ModelConfig], list[Piece]]]  # every tensor under the names of a vocabulary
+
+
+RELEASE, TRANSFORMERS = "release", "transformers"  # DeepSeek's files · the state_dict of transformers' class, without MTP modules in V4
 
 
 _V3 = Architecture(
@@ -28,7 +32,7 @@ _V3 = Architecture(
     v3_config.config_to_v3,
     v3_config.check_expressible,
     v3_config.ignored_keys,
-    v3_pieces,
+    {RELEASE: v3_pieces, TRANSFORMERS: partial(v3_pieces, stacked=True)},
 )
 _V32 = Architecture(
     v32_config.MODEL_TYPE,
@@ -37,7 +41,7 @@ _V32 = Architecture(
     v32_config.config_to_v32,
     v32_config.check_expressible,
     v32_config.ignored_keys,
-    v32_pieces,
+    {RELEASE: v32_pieces, TRANSFORMERS: partial(v32_pieces, stacked=True)},
 )
 _V4 = Architecture(
     v4_config.MODEL_TYPE,
@@ -46,7 +50,7 @@ _V4 = Architecture(
     v4_config.config_to_v4,
     v4_config.check_expressible,
     v4_config.ignored_keys,
-    v4_pieces,
+    {RELEASE: v4_pieces, TRANSFORMERS: partial(v4_pieces, stacked=True), "save_pretrained": v4_saved},
 )
 _BY_ATTENTION: dict[type, Architecture] = {MLAConfig: _V3, DSAConfig: _V32, V4AttentionConfig: _V4}
 ARCHITECTURES = {architecture.model_type: architecture for architecture in _BY_ATTENTION.values()}

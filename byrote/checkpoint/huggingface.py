@@ -3,15 +3,15 @@
     folder       import_hf ──► Model ──► export_hf           no transformers needed; MTP included
     hf_model     from_transformers ──► Model ──► to_transformers
 
-Numbers are moved, never computed with: every tensor keeps its dtype and bits, there and back. What each architecture
-calls things is in `architectures`, files are in `safetensors_folder`. Reading a folder needs memory for the model and one
-tensor, writing one for nothing beyond the model.
+Numbers are moved, never computed with: every tensor keeps its dtype and bits, there and back; FP8 and FP4 codes alone are decoded when
+they are read (`coded_tensors`). What each architecture calls things is in `architectures`, files are in `safetensors_folder`. Reading a
+folder needs memory for the model and one file, which is mapped, writing one for nothing beyond the model.
 """
 
 import errno
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from byrote.checkpoint.architectures import ARCHITECTURES, Architecture, reading, writing
+from byrote.checkpoint.architectures import ARCHITECTURES, RELEASE, TRANSFORMERS, Architecture, reading, writing
 from byrote.checkpoint.atomic import replacing_folder, standing
+from byrote.checkpoint.coded_tensors import Coded, decoded
 from byrote.checkpoint.runs import listing
 from byrote.checkpoint.safetensors_folder import (
     DTYPES,
@@ -42,6 +43,7 @@ from byrote.checkpoint.v3_names import Piece
 from byrote.device import check_disk, check_memory
 from byrote.errors import CapacityError, CheckpointError, ConfigError
 from byrote.model.config import ModelConfig
+from byrote.model.init import without_storage
 from byrote.model.transformer import Model
 from byrote.tokenizer.bpe import CONFIG_FILE as TOKENIZER_CONFIG_FILE
 from byrote.tokenizer.bpe import TOKENIZER_FILE, Tokenizer
@@ -70,7 +72,7 @@ def from_transformers(hf_model: Any) -> Model:
     data = {**hf_model.config.to_dict(), "num_nextn_predict_layers": 0}
     architecture, tensors = reading(data), hf_model.state_dict()
     config = architecture.read(data)
-    pieces = architecture.pieces(config, stacked=True)
+    pieces = architecture.layouts[TRANSFORMERS](config)
     model = _skeleton(config)
     _check_names(pieces, tensors, "the model")
     _check_shapes(pieces, model, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, "the model")
@@ -93,7 +95,7 @@ def to_transformers(model: Model) -> Any:
     with torch.device("meta"):
         hf_model = getattr(transformers, f"{architecture.name}ForCausalLM")(hf_config)
     ours = model.state_dict()
-    tensors = {piece.name: piece.of(ours[piece.target]).detach().clone() for piece in architecture.pieces(config, stacked=True)}
+    tensors = {piece.name: piece.of(ours[piece.target]).detach().clone() for piece in architecture.layouts[TRANSFORMERS](config)}
     hf_model.load_state_dict(tensors, strict=True, assign=True)
     for name, module in list(hf_model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):  # rotary tables, which are in no state_dict
@@ -120,29 +122,42 @@ class Inspected(NamedTuple):
 
     config: ModelConfig
     pieces: list[Piece]
-    headers: dict[str, Header]
+    headers: dict[str, Header]  # of coded tensors as they are once decoded
+    coded: dict[str, Coded]
+    dtypes: list[str]  # of the files
     num_parameters: int
     num_bytes: int  # of the model
     has_tokenizer: bool
     notes: list[str]  # what will not come along
 
 
-def inspect_hf(folder: str | Path) -> Inspected:
-    """Check configuration, names, shapes and dtypes. ConfigError or CheckpointError says what is in the way."""
+def inspect_hf(folder: str | Path, *, report: Report = _say_nothing) -> Inspected:
+    """Check configuration, names, shapes and dtypes; `report` hears how far it is. ConfigError, CheckpointError: what is in the way."""
     folder = standing(Path(folder).expanduser())
     data = read_json(folder / CONFIG_FILE)
     architecture = reading(data)
-    config, headers, unknown = architecture.read(data), read_headers(folder), architecture.ignored_keys(data)
+    config, stored, unknown = architecture.read(data), read_headers(folder, report), architecture.ignored_keys(data)
     notes = [f"{CONFIG_FILE} has keys byrote does not know, whose meaning is lost: {', '.join(unknown)}"] if unknown else []
-    if config.mtp and not any(name.startswith(_mtp_prefixes(config)) for name in headers):
+    if config.mtp and not any(name.startswith(_mtp_prefixes(config)) for name in stored):
         notes.append(f"{CONFIG_FILE} announces {mtp_layers(data)} MTP layers and the files hold none: imported without")
         config = architecture.read({**data, "num_nextn_predict_layers": 0})
-    pieces, model = _layout(architecture, config, headers), _skeleton(config)
+    pieces, model = _layout(architecture, config, stored), _skeleton(config)
+    headers, coded = decoded(stored, {piece.name for piece in pieces}, data, str(folder))
     _check_names(pieces, headers, str(folder))
     _check_shapes(pieces, model, {name: header.shape for name, header in headers.items()}, str(folder))
     _check_dtypes(pieces, model, headers, str(folder))
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Inspected(config, pieces, headers, num_parameters, _num_bytes(pieces, headers), (folder / TOKENIZER_FILE).exists(), notes)
+    return Inspected(
+        config=config,
+        pieces=pieces,
+        headers=headers,
+        coded=coded,
+        dtypes=sorted({header.dtype for header in stored.values()}),
+        num_parameters=num_parameters,
+        num_bytes=_num_bytes(pieces, headers),
+        has_tokenizer=(folder / TOKENIZER_FILE).exists(),
+        notes=notes,
+    )
 
 
 def import_hf(folder: str | Path, *, report: Report = _say_nothing) -> Model:
@@ -151,21 +166,28 @@ def import_hf(folder: str | Path, *, report: Report = _say_nothing) -> Model:
     Raises what `inspect_hf` raises, before any weight is read, and CapacityError if the model does not fit into memory.
     """
     folder = standing(Path(folder).expanduser())
-    found = inspect_hf(folder)
+    found = inspect_hf(folder, report=report)
     check_memory(found.num_bytes, f"importing {folder}")
     pieces = found.pieces
-    copies = {piece.name for piece in pieces if piece.is_copy}
-    read = {name: header for name, header in found.headers.items() if name not in copies}
-    model = _filled(_skeleton(found.config), pieces, _counted(stream(folder, read), len(read), report))
-    _check_copies(model, pieces, stream(folder, {name: found.headers[name] for name in copies if name in found.headers}))
+    copies = {piece.name for piece in pieces if piece.is_copy and piece.name in found.headers}
+    names = [name for name in found.headers if name not in copies]
+    model = _filled(_skeleton(found.config), pieces, _counted(_read(folder, found, names), len(names), report))
+    _check_copies(model, pieces, _read(folder, found, copies))
     return model
 
 
 def _layout(architecture: Architecture, config: ModelConfig, given: Iterable[str]) -> list[Piece]:
-    """The release's names or transformers' own, whichever more of the given tensors have."""
+    """That whose names more of the given tensors have than any other's."""
     names = set(given)
-    layouts = [architecture.pieces(config, stacked=stacked) for stacked in (False, True)]
+    layouts = [pieces(config) for pieces in architecture.layouts.values()]
     return max(layouts, key=lambda pieces: len(names & {piece.name for piece in pieces}))
+
+
+def _read(folder: Path, found: Inspected, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors, decoded, in the order of the files."""
+    scales = {name: (way.file, way.scale) for name, way in found.coded.items()}
+    for name, tensor, scale in stream(folder, {name: found.headers[name] for name in names}, scales):
+        yield name, tensor if scale is None else found.coded[name].decode(tensor, scale)
 
 
 def import_tokenizer(folder: str | Path, config: ModelConfig) -> Tokenizer:
@@ -177,7 +199,7 @@ def import_tokenizer(folder: str | Path, config: ModelConfig) -> Tokenizer:
 
 def _skeleton(config: ModelConfig) -> Model:
     """The modules without storage."""
-    with torch.device("meta"):
+    with without_storage():
         return Model(config)
 
 
@@ -188,7 +210,7 @@ def _filled(model: Model, pieces: list[Piece], tensors: Iterable[tuple[str, Tens
     for name, tensor in tensors:
         piece = by_name[name]
         if piece.target not in ours:
-            dtype = torch.float32 if piece.target.endswith(".bias") else tensor.dtype
+            dtype = torch.float32 if piece.target.endswith("ffn.bias") else tensor.dtype
             ours[piece.target] = torch.empty(shapes[piece.target].shape, dtype=dtype, device=tensor.device)
         piece.of(ours[piece.target]).copy_(tensor)
     model.load_state_dict(shapes | ours, strict=True, assign=True)
@@ -208,7 +230,8 @@ def _num_bytes(pieces: list[Piece], headers: Mapping[str, Header]) -> int:
 
 
 def _mtp_prefixes(config: ModelConfig) -> tuple[str, ...]:
-    return tuple(f"model.layers.{config.num_layers + depth}." for depth in range(config.mtp.depth if config.mtp else 0))
+    """V4's, and V3's: blocks behind the last."""
+    return ("mtp.", *(f"model.layers.{config.num_layers + depth}." for depth in range(config.mtp.depth if config.mtp else 0)))
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -221,7 +244,7 @@ def _check_names(pieces: list[Piece], given: Iterable[str], where: str) -> None:
     if problems:
         raise CheckpointError(
             f"the tensors of {where} are not those of the model its configuration describes: {listing(problems)}; "
-            "check num_hidden_layers, first_k_dense_replace, n_routed_experts, q_lora_rank and num_nextn_predict_layers"
+            f"check {CONFIG_FILE}'s counts of layers, experts and MTP layers, and whether the folder is whole"
         )
 
 
@@ -290,15 +313,21 @@ class Export(NamedTuple):
         return sum(tensor_bytes(tensor) for shard in self.shards for tensor in shard.values())
 
 
-def plan_export(model: Model, tokenizer: Tokenizer | None, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> Export:
+def plan_export(model: Model, tokenizer: Tokenizer | None, *, layout: str = RELEASE, max_shard_bytes: int = MAX_SHARD_BYTES) -> Export:
     """What `export_hf` would write. ConfigError names every part that the architecture cannot express."""
     architecture = writing(model.config)
+    if layout not in (RELEASE, TRANSFORMERS):
+        raise ConfigError(f"layout is {layout!r}; byrote writes {RELEASE!r} and {TRANSFORMERS!r}")
     ids = (None, None) if tokenizer is None else (tokenizer.begin_id, tokenizer.end_id)
     config = architecture.write(model.config, _dtype_name(model), *ids)
     if tokenizer is not None:
         _check_vocabulary(tokenizer, model.config)
     ours = model.state_dict()
-    tensors = {piece.name: piece.of(ours[piece.target]) for piece in architecture.pieces(model.config)}
+    pieces = architecture.layouts[layout](model.config)
+    left_out = ours.keys() - {piece.target for piece in pieces} - {"_extra_state"}
+    if left_out:
+        raise ConfigError(f"layout {layout!r} has no place for {listing(left_out)}; {RELEASE!r} has, and transformers reads that too")
+    tensors = {piece.name: piece.of(ours[piece.target]) for piece in pieces}
     parts = shards(tensors, max_shard_bytes)
     files = [CONFIG_FILE, *file_names(len(parts)), *([INDEX] if len(parts) > 1 else [])]
     return Export(config, parts, files + ([] if tokenizer is None else [TOKENIZER_FILE, TOKENIZER_CONFIG_FILE]))
@@ -309,16 +338,18 @@ def export_hf(
     tokenizer: Tokenizer | None,
     folder: str | Path,
     *,
+    layout: str = RELEASE,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     report: Report = _say_nothing,
 ) -> Export:
-    """Write config.json, safetensors and tokenizer files in the release's names, MTP included; returns what was written.
+    """Write config.json, safetensors and tokenizer files; returns what was written.
 
-    The folder appears, or is replaced, whole or not at all. ConfigError if no architecture can express the model or the folder may not be
+    `layout` "release" has the names of DeepSeek's own files, MTP included, "transformers" those of its class's state_dict. The
+    folder appears, or is replaced, whole or not at all. ConfigError if no architecture can express the model or the folder may not be
     replaced, CapacityError if the disk is too small.
     """
-    plan = plan_export(model, tokenizer, max_shard_bytes=max_shard_bytes)
+    plan = plan_export(model, tokenizer, layout=layout, max_shard_bytes=max_shard_bytes)
     folder = check_target(folder, overwrite)
     check_disk(folder, plan.num_bytes, f"exporting to {folder}")
     with _explained(folder), replacing_folder(folder) as beside:

@@ -51,6 +51,7 @@ from byrote.errors import CapacityError, CheckpointError, ConfigError
 from byrote.memory.place import MakeTable
 from byrote.memory.table import DeviceTable
 from byrote.model.config import ModelConfig
+from byrote.model.init import without_storage
 from byrote.model.transformer import Model
 from byrote.tokenizer.bpe import Tokenizer
 
@@ -267,8 +268,14 @@ def _flat(values: Any, path: str = "model") -> dict[str, Any]:
 
 
 def _blank(config: ModelConfig, make_table: MakeTable | None) -> Model:
-    """A model to load into. Its rows are zero, which costs nothing; random ones would take minutes for a large table."""
-    engram = None if config.engram is None else replace(config.engram, table_std=0.0)
+    """A model to load into. Its rows are zero, which costs nothing; random ones would take minutes for a large table.
+
+    Without memory it is without storage, which all comes from the file. The maps of a hash have values of their own.
+    """
+    if config.engram is None:
+        with without_storage():
+            return Model(config)
+    engram = replace(config.engram, table_std=0.0)
     model = Model(replace(config, engram=engram), make_table=make_table or DeviceTable)
     model.config = config
     return model

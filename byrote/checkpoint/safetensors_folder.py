@@ -7,6 +7,7 @@
 Headers are read first, so that names, shapes and dtypes are checked before the first number is. Nothing is unpickled.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of weights
 WHOLE_DTYPES = {"I64": torch.int64}  # of tables of ids
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_LFS_POINTER = b"version https://git-lfs"
 
 
 class Header(NamedTuple):
@@ -39,11 +41,15 @@ class Header(NamedTuple):
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_headers(folder: Path) -> dict[str, Header]:
-    """Name → header of every tensor. CheckpointError for a missing or damaged file, or an index that does not fit its files."""
+def read_headers(folder: Path, report: Callable[[str], None]) -> dict[str, Header]:
+    """Name → header of every tensor; `report` hears how far it is.
+
+    CheckpointError for a missing or damaged file, or an index that does not fit its files.
+    """
     files, placed = _files(folder)
     headers: dict[str, Header] = {}
-    for file in files:
+    for number, file in enumerate(files, start=1):
+        report(f"reading the header of {file} ({number} of {len(files)})")
         for name, header in _file_headers(folder, file).items():
             if name in headers:
                 raise CheckpointError(f"{name} lies in {headers[name].file} and in {file} of {folder}; keep one of the two")
@@ -56,12 +62,25 @@ def read_headers(folder: Path) -> dict[str, Header]:
     return headers
 
 
-def stream(folder: Path, headers: Mapping[str, Header]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor on the CPU), file by file: one tensor is in memory at a time."""
-    for file in sorted({header.file for header in headers.values()}):
+def stream(
+    folder: Path, headers: Mapping[str, Header], beside: Mapping[str, tuple[str, str]] | None = None
+) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """(name, tensor on the CPU, the one beside it), file by file: one file is mapped at a time, or two where the other lies elsewhere.
+
+    `beside` is name → (file, name) of what is read together with it.
+    """
+    in_order = sorted(headers, key=lambda name: headers[name].file)
+    for file, names in itertools.groupby(in_order, lambda name: headers[name].file):
         with _opened(folder / file) as weights:
-            for name in (name for name, header in headers.items() if header.file == file):
-                yield name, weights.get_tensor(name)
+            for name in names:
+                yield name, weights.get_tensor(name), _beside(folder, file, weights, (beside or {}).get(name))
+
+
+def _beside(folder: Path, open_file: str, weights: Any, place: tuple[str, str] | None) -> Tensor | None:
+    if place is None or place[0] == open_file:
+        return None if place is None else weights.get_tensor(place[1])
+    with _opened(folder / place[0]) as others:
+        return others.get_tensor(place[1])
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -100,6 +119,8 @@ def _nothing_to_read(folder: Path) -> str:
             f"{folder} has its weights in {listing(pickled)}. Such files can run code when they are opened, and byrote never unpickles; "
             "where you trust their source, load them with transformers and save_pretrained into a new folder, which writes safetensors"
         )
+    if any(name.endswith(".safetensors") for name in names):
+        return f"{folder} has no {INDEX}, which says what lies in which of its files; download it too"
     return f"{folder} has neither {WEIGHTS} nor {INDEX} (it holds: {listing(names) or 'nothing'}); download the weights too"
 
 
@@ -115,6 +136,8 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt", device="cpu") as weights:
             yield weights
     except (OSError, SafetensorError) as error:
+        if file.is_file() and file.open("rb").read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise CheckpointError(f"{file} is Git LFS's note of a file, not the file; fetch it: git lfs pull") from None
         raise CheckpointError(f"{file} is missing or damaged ({error}); copy or download it again") from None
 
 

@@ -33,7 +33,6 @@ FIXED: dict[str, tuple[object, str]] = {
     "topk_method": ("noaux_tc", "V3 picks experts by biased scores, group-limited"),
     "moe_layer_freq": (1, "in V3 every block after the dense ones has experts"),
     "pretraining_tp": (1, "byrote computes each projection whole"),
-    "quantization_config": (None, "convert the weights to bfloat16 first; byrote reads float32, bfloat16 and float16"),
 }
 
 # Keys that say nothing about the computation, or repeat another key.
@@ -41,7 +40,7 @@ _WITHOUT_EFFECT = {
     *("architectures", "auto_map", "bos_token_id", "eos_token_id", "dtype", "torch_dtype", "transformers_version", "use_cache"),
     *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "head_dim", "qk_head_dim", "problem_type"),
     *("num_key_value_heads", "ep_size", "aux_loss_alpha", "seq_aux", "chunk_size_feed_forward", "is_encoder_decoder", "id2label"),
-    *("label2id", "_name_or_path"),
+    *("label2id", "_name_or_path", "quantization_config"),
 }
 _READ = {
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank"),
@@ -202,7 +201,7 @@ def config_to_v3(config: ModelConfig, dtype: str, begin_id: int | None = None, e
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": MODEL_TYPE,
-        **{key: value for key, (value, _) in FIXED.items() if key != "quantization_config"},
+        **{key: value for key, (value, _) in FIXED.items()},
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
         "intermediate_size": config.ffn_hidden,

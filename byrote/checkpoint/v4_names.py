@@ -5,8 +5,8 @@
     layers.3.ffn.experts.5.w3.weight       model.layers.3.mlp.experts.gate_up_proj[5, F:]  blocks.3.ffn.experts.gate_up.weight[5, F:]
 
 The release stores every expert by itself and the gate (w1) and linear part (w3) of a SwiGLU apart; transformers stacks the routed ones
-as we do. The release's MTP block is `mtp.0`; transformers has no place for it. FP8 and FP4 files bring a `.scale` beside a `.weight`;
-that is the reader's business.
+as we do. The release's MTP block is `mtp.0`; transformers has no place for it. What `save_pretrained` writes is neither: the
+release's names with a few of the others among them.
 """
 
 from collections.abc import Iterator
@@ -52,6 +52,11 @@ _MTP = {
     "norm.weight": "norm.weight",
     **{f"read_out.{part}": f"hc_head_{part}" for part in ("fn", "base", "scale")},
 }
+_SAVED = {  # release → save_pretrained, outside of blocks
+    "embed.weight": "model.embed_tokens.weight",
+    "head.weight": "head.weight",
+    **{f"hc_head_{part}": f"model.hc_head.hc_{part}" for part in ("fn", "base", "scale")},
+}
 
 
 def v4_pieces(config: ModelConfig, *, stacked: bool = False) -> list[Piece]:
@@ -63,6 +68,16 @@ def v4_pieces(config: ModelConfig, *, stacked: bool = False) -> list[Piece]:
         pieces += [Piece(f"mtp.{depth}.{theirs}", f"mtp.{depth}.{ours}") for ours, theirs in _MTP.items()]
         pieces += _block(config, config.num_layers + depth, f"mtp.{depth}.", f"mtp.{depth}.block.", stacked)
     return pieces
+
+
+def v4_saved(config: ModelConfig) -> list[Piece]:
+    """The names that transformers' save_pretrained writes."""
+    pieces = (piece for piece in v4_pieces(config) if not piece.name.startswith("mtp."))
+    return [piece._replace(name=_SAVED.get(piece.name) or _saved_in_block(piece.name)) for piece in pieces]
+
+
+def _saved_in_block(release: str) -> str:
+    return "model." + release.replace(".attn.kv_norm.", ".attn.norm.")
 
 
 def _block(config: ModelConfig, layer: int, theirs: str, ours: str, stacked: bool) -> Iterator[Piece]:

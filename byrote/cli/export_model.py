@@ -1,4 +1,4 @@
-"""`byrote export RUN HF_FOLDER`: a byrote checkpoint becomes a DeepSeek-V3 model in Hugging Face form."""
+"""`byrote export RUN HF_FOLDER`: a byrote checkpoint becomes a DeepSeek-V3, V3.2 or V4 model in Hugging Face form."""
 
 import argparse
 import json
@@ -11,17 +11,18 @@ from byrote.errors import ConfigError
 if TYPE_CHECKING:
     from byrote.checkpoint.huggingface import Export
 
-HELP = "write a model as DeepSeek-V3 in Hugging Face form"
+HELP = "write a model as DeepSeek-V3, V3.2 or V4 in Hugging Face form"
 
 EXAMPLES = """
 examples:
-  byrote export runs/my-v3 exports/my-v3                     readable by transformers and whatever reads DeepSeek-V3
+  byrote export runs/my-v3 exports/my-v3                     readable by transformers and whatever reads DeepSeek's files
   byrote export runs/my-v3 exports/my-v3 --overwrite         replace an earlier export, in one piece
   byrote export runs/my-v3 exports/my-v3 --shard-gb 2        more, smaller files
   byrote export runs/my-v3 exports/my-v3 --dry-run           print what would be written
 
-V3 has one plain residual stream and no memory: export works for models trained with --model.residual.kind plain and
---model.engram none, and says which part is in the way of the others. MTP modules are written as the release's extra layers.
+Attention decides the architecture: MLA is V3, DSA V3.2, CSA and HCA V4. V3 and V3.2 have one plain residual stream, V4 has mHC, and none
+has memory: export works for models trained like that, and says which part is in the way of the others. MTP modules are written as the
+release's. Weights keep their dtype and bits; they are not made FP8 or FP4.
 """
 
 
@@ -29,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.add_argument("source", metavar="RUN", help="folder of a run or checkpoint")
     parser.add_argument("target", metavar="HF_FOLDER", help="folder to write")
+    parser.add_argument(
+        "--layout",
+        choices=("release", "transformers"),
+        default="release",
+        help="names of DeepSeek's own files, or of transformers' class; it reads both (default: %(default)s)",
+    )
     parser.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="largest size of one weight file (default: %(default)g)")
     parser.add_argument("--overwrite", action="store_true", help="replace the model that HF_FOLDER holds")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written; write nothing")
@@ -46,9 +53,10 @@ def run(args: argparse.Namespace) -> int:
         live.update(f"loading {args.source}")
         model, tokenizer = byrote.load(args.source, device="cpu")
         if args.dry_run:
-            export = plan_export(model, tokenizer, max_shard_bytes=max_bytes)
+            export = plan_export(model, tokenizer, layout=args.layout, max_shard_bytes=max_bytes)
         else:
-            export = export_hf(model, tokenizer, target, max_shard_bytes=max_bytes, overwrite=args.overwrite, report=live.update)
+            sizes = {"layout": args.layout, "max_shard_bytes": max_bytes}
+            export = export_hf(model, tokenizer, target, overwrite=args.overwrite, report=live.update, **sizes)
         live.close(f"{target} {'would be' if args.dry_run else 'is'} written")
     result = _result(args, target, export, tokenizer is not None)
     if args.json:

@@ -9,8 +9,13 @@ mHC, HC                               as the plain residual (see hyper_connectio
 table rows                            N(0, engram.table_std), in memory/table.py
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from byrote.model.csa import GroupedProjection
 from byrote.model.hyper_connection import FreeSite, ManifoldReadOut, ManifoldSite
@@ -18,8 +23,26 @@ from byrote.model.linear import GroupedLinear, Linear
 from byrote.model.moe import MoE
 
 
+@contextmanager
+def without_storage() -> Iterator[None]:
+    """Modules made inside have shapes and no numbers: storage is to come from elsewhere."""
+    with torch.device("meta"), _NothingDrawn():
+        yield
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Drawing into no storage does nothing, but PyTorch imports its compiler for that, which takes seconds."""
+
+    def __torch_function__(self, function: Callable[..., Any], types: object, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (Tensor.normal_, nn.init.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 def initialise(model: nn.Module, std: float, seed: int) -> None:
-    """Fill all parameters in place."""
+    """Fill all parameters in place, where they have storage."""
+    if next(model.parameters()).is_meta:
+        return
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, ManifoldSite | ManifoldReadOut | FreeSite):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -96,12 +97,16 @@ def test_bfloat16_stays_bfloat16_and_the_routers_bias_fp32(tmp_path: Path) -> No
     assert_bitwise(again.blocks[1].ffn.bias, model.blocks[1].ffn.bias)
 
 
-def test_transformers_reads_an_export_and_computes_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["release", "transformers"])
+def test_transformers_reads_an_export_and_computes_the_same(layout: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = from_transformers(tiny_v3(hidden_size=24, moe_intermediate_size=8)).eval()
     model = with_random_mtp(model)
-    export_hf(model, None, tmp_path / "hf", max_shard_bytes=6000)
+    export_hf(model, None, tmp_path / "hf", layout=layout, max_shard_bytes=6000)
+    again = import_hf(tmp_path / "hf").state_dict()
+    for name, tensor in model.state_dict().items():
+        assert_bitwise(again[name], tensor)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     tokens = torch.randint(0, 53, (2, 7))
     with pytest.warns(UserWarning, match="MTP"):
@@ -161,7 +166,7 @@ def test_mtp_has_the_names_of_the_release_and_copies_of_embedding_and_head(folde
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "convert the weights to bfloat16"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config.quant_method is 'awq'; byrote reads 'fp8'"),
         ({"num_key_value_heads": 1}, "num_key_value_heads is 1"),
         ({"n_shared_experts": 0}, "n_shared_experts is 0"),
         ({"hidden_size": "10"}, "hidden_size is '10'"),
@@ -237,6 +242,17 @@ def test_a_damaged_or_misplaced_file_is_named(tmp_path: Path) -> None:
         inspect_hf(tmp_path / "hf")
 
 
+def test_a_folder_without_its_index_or_with_pointers_to_its_files_says_what_to_fetch(tmp_path: Path) -> None:
+    export_hf(random_model(), None, tmp_path, max_shard_bytes=20_000)
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    shard.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 20000\n")
+    with pytest.raises(CheckpointError, match=rf"{shard.name} is Git LFS's note .* git lfs pull"):
+        inspect_hf(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no model\.safetensors\.index\.json"):
+        inspect_hf(tmp_path)
+
+
 def test_a_folder_without_a_model_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
         import_hf(tmp_path / "nothing")
@@ -301,6 +317,34 @@ def test_only_a_v3_model_is_overwritten_and_only_when_asked(folder: Path, tmp_pa
     with pytest.raises(ConfigError, match="is a file"):
         export_hf(other, None, tmp_path / "letters" / "mother.txt", overwrite=True)
     assert contents(tmp_path / "letters") == {"mother.txt": b"dear"}
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+GROWTH = """
+import sys
+from pathlib import Path
+import byrote
+from byrote.checkpoint.huggingface import import_hf, inspect_hf
+resident = lambda key: 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+model_bytes = inspect_hf(sys.argv[1]).num_bytes
+Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+before = resident("VmRSS")
+model = import_hf(sys.argv[1])
+print(model_bytes, resident("VmHWM") - before, int("torch._dynamo" in sys.modules))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system does not say how much memory a process had at most")
+def test_an_import_needs_memory_for_the_model_and_one_file(tmp_path: Path) -> None:
+    moe, limit = replace(PLAIN.moe, expert_hidden=512, num_experts=12), 2 << 20
+    plan = export_hf(Model(replace(PLAIN, dim=256, moe=moe, mtp=None)), None, tmp_path / "hf", max_shard_bytes=limit)
+    assert len(plan.shards) > 16
+    out = subprocess.run([sys.executable, "-c", GROWTH, str(tmp_path / "hf")], capture_output=True, text=True, check=True).stdout
+    model_bytes, growth, has_compiler = map(int, out.split())
+    assert model_bytes == plan.num_bytes
+    assert growth <= model_bytes + limit + (8 << 20)  # the last: what Python and PyTorch load on the way
+    assert not has_compiler  # PyTorch's, which takes seconds to import
 
 
 def test_folders_need_no_transformers_and_the_rest_says_how_to_install_it(

@@ -61,10 +61,11 @@ def test_the_configuration_survives_the_way_out_and_back(name: str) -> None:
     assert config_from_v32(written) == SPARSE[name]
 
 
+@pytest.mark.parametrize("layout", ["release", "transformers"])
 @pytest.mark.parametrize("name", SPARSE)
-def test_a_folder_out_and_in_again_is_bitwise_the_model(name: str, tmp_path: Path) -> None:
+def test_a_folder_out_and_in_again_is_bitwise_the_model(name: str, layout: str, tmp_path: Path) -> None:
     model = Model(SPARSE[name], seed=3)
-    export_hf(model, None, tmp_path / "out")
+    assert len(export_hf(model, None, tmp_path / "out", layout=layout, max_shard_bytes=20_000).shards) > 2
     back = import_hf(tmp_path / "out")
     assert back.config == model.config
     want, got = model.state_dict(), back.state_dict()

@@ -77,10 +77,22 @@ def test_weights_alone_can_be_imported(run: Path, tmp_path: Path, capsys: pytest
     main(["export", str(run), str(tmp_path / "hf")])
     (tmp_path / "hf" / "tokenizer.json").write_text("{}")
     assert main(["import", str(tmp_path / "hf"), str(tmp_path / "back")]) == 2
+    assert "--without-tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "back").exists()
     assert main(["import", str(tmp_path / "hf"), str(tmp_path / "back"), "--without-tokenizer"]) == 0
     assert "no tokenizer comes along" in capsys.readouterr().out
     assert byrote.load(tmp_path / "back").tokenizer is None
+
+
+def test_an_import_that_would_not_fit_on_the_disk_ends_before_it_reads(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(["export", str(run), str(tmp_path / "hf")])
+    monkeypatch.setattr("byrote.device.disk_free", lambda path: 100)
+    monkeypatch.setattr("byrote.checkpoint.huggingface.import_hf", lambda *args, **kwargs: pytest.fail("read"))
+    assert main(["import", str(tmp_path / "hf"), str(tmp_path / "back")]) == 2
+    assert "free some space" in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()
 
 
 def test_what_v3_cannot_express_ends_with_its_name(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -4,10 +4,6 @@ Between keys whose scores agree to 1e-5 no choice is wrong, and such a choice mo
 chosen sets are compared first: they may differ by such keys only, which is rare, and with the seeds used here happens at length 4096 alone.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -17,56 +13,23 @@ from byrote.checkpoint.huggingface import from_transformers, to_transformers
 from byrote.checkpoint.v32_names import v32_pieces
 from byrote.model import dsa
 from byrote.model.transformer import Model
+from tests.parity.choices import assert_same_choices, choices, joined
 from tests.parity.v32_models import VARIANTS, tiny_v32
 from tests.tolerances import assert_bitwise, assert_close_fp32
 
 WHOLE = 1e-4  # of the largest: a whole model, or its gradient, summed in another order
-GAP = 1e-5  # scores closer than this, relative to the largest of their row, are equal
 
 
 def tokens(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 53, shape, generator=torch.Generator().manual_seed(seed))
 
 
+def indexers(theirs: torch.nn.Module) -> list[torch.nn.Module]:
+    return [layer.self_attn.indexer for layer in theirs.model.layers]
+
+
 def assert_whole(got: Tensor, want: Tensor) -> None:
     assert (got - want).abs().max() <= WHOLE * want.abs().max()
-
-
-@contextmanager
-def choices(ours: Model, theirs: torch.nn.Module) -> Iterator[tuple[list[Any], list[Tensor]]]:
-    """What each side's indexers chose, in order of blocks: (chosen, scores' parts) of ours, indices of theirs."""
-    mine, other = [], []
-    select, hooks = dsa.select, []
-
-    def noted(*args: Any) -> Any:
-        chosen = select(*args)
-        mine.append((chosen, args))
-        return chosen
-
-    dsa.select = noted  # type: ignore[assignment]
-    for layer in theirs.model.layers:
-        hooks.append(layer.self_attn.indexer.register_forward_hook(lambda _module, _args, out: other.append(out)))
-    try:
-        yield mine, other
-    finally:
-        dsa.select = select
-        for hook in hooks:
-            hook.remove()
-
-
-def assert_same_choices(mine: list[Any], other: list[Tensor]) -> int:
-    """Every query's set is the other's, but for keys whose scores almost tie; returns in how many rows they do differ."""
-    differ = 0
-    for (chosen, (q, k, weight, spans, _)), indices in zip(mine, other, strict=True):
-        keys = k.shape[1]
-        ours = torch.zeros(*q.shape[:2], keys, dtype=torch.int64).scatter_add_(2, chosen.index_BTK, chosen.valid_BTK.long()) > 0
-        theirs = torch.zeros_like(ours).scatter_(2, indices.long(), True) & spans.mask(keys)
-        for row, query in ((ours != theirs).any(-1)).nonzero().tolist():
-            scores = (q[row, query].double() @ k[row].double().T).relu().mul(weight[row, query].double()[:, None]).sum(0)
-            swapped = scores[ours[row, query] != theirs[row, query]]
-            assert swapped.max() - swapped.min() <= GAP * scores.abs().max().clamp_min(1)
-            differ += 1
-    return differ
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -76,7 +39,7 @@ def test_logits_and_all_gradients_are_the_twins(variant: str, top_k: int, seed: 
     theirs = tiny_v32(seed, **{"index_topk": top_k} | VARIANTS[variant])
     ours = from_transformers(theirs)
     tokens_BT = tokens(*((3, 17), (1, 8), (2, 33))[seed], seed=seed)
-    with choices(ours, theirs) as (mine, other):
+    with choices(dsa, indexers(theirs)) as (mine, other):
         want_BTV, got_BTV = theirs(tokens_BT).logits, ours(tokens_BT).logits
     assert len(mine) == (ours.config.num_layers if tokens_BT.shape[1] > top_k else 0)
     assert assert_same_choices(mine, other if mine else []) == 0
@@ -107,7 +70,7 @@ def assert_same_gradients(ours: Model, theirs: torch.nn.Module) -> None:
 def test_long_texts_with_a_real_choice_are_the_twins(length: int) -> None:
     theirs = tiny_v32(5, std=0.2, index_topk=64, max_position_embeddings=length)
     ours, tokens_BT = from_transformers(theirs), tokens(1, length, seed=5)
-    with torch.no_grad(), choices(ours, theirs) as (mine, other):
+    with torch.no_grad(), choices(dsa, indexers(theirs)) as (mine, other):
         want, got = theirs(tokens_BT).logits, ours(tokens_BT).logits
     assert assert_same_choices(mine, other) == 0
     assert_whole(got, want)
@@ -117,10 +80,10 @@ def test_choices_and_logits_at_length_4096_are_the_twins() -> None:
     """One block: after a near tie in the first, the second chooses by other numbers. Theirs reads in chunks, at once it holds gigabytes."""
     theirs = tiny_v32(6, num_hidden_layers=1, index_topk=256, max_position_embeddings=4096)
     ours, tokens_BT, cache = from_transformers(theirs), tokens(1, 4096, seed=6), DynamicCache(config=theirs.config)
-    with torch.no_grad(), choices(ours, theirs) as (mine, other):
+    with torch.no_grad(), choices(dsa, indexers(theirs)) as (mine, other):
         got = ours(tokens_BT).logits
         want = torch.cat([theirs(part, past_key_values=cache, use_cache=True).logits for part in tokens_BT.split(512, 1)], 1)
-    differ = assert_same_choices(mine, [torch.cat(other, 1)])
+    differ = assert_same_choices(mine, [joined(other)])
     assert differ <= 4096 // 100
     off_T = (got - want)[0].abs().amax(-1) > WHOLE * want.abs().max()
     assert off_T.sum() <= differ

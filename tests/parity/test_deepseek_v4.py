@@ -14,8 +14,10 @@ from transformers import DeepseekV4Config, DynamicCache
 from byrote.checkpoint.v4_config import check_expressible, config_from_v4, config_to_v4, ignored_keys
 from byrote.checkpoint.v4_names import v4_pieces
 from byrote.errors import ConfigError
+from byrote.model import csa
 from byrote.model.config import MTPConfig
 from byrote.model.transformer import Model
+from tests.parity.choices import assert_same_choices, choices, joined
 from tests.parity.v4_models import VOCAB, published_v4, tiny_v4, twin_of
 
 TWINS = 1e-4  # of the largest value: a whole model there and back, summed in another order
@@ -81,6 +83,34 @@ def test_a_real_choice_of_entries_is_the_twins(seed: int) -> None:
     ours, tokens_BT = twin_of(theirs), tokens(1, 509, seed=seed)
     with torch.no_grad():
         assert_twins(ours(tokens_BT).logits, theirs(tokens_BT).logits)
+
+
+def in_pieces(theirs: torch.nn.Module, tokens_BT: Tensor) -> Tensor:
+    """Their logits. Read at once, a long text holds gigabytes."""
+    cache = DynamicCache(config=theirs.config)
+    with torch.no_grad():
+        return torch.cat([theirs(piece, past_key_values=cache, use_cache=True).logits for piece in tokens_BT.split(512, dim=1)], dim=1)
+
+
+@pytest.mark.parametrize("length", [1021, 4096])
+def test_long_texts_with_every_entry_chosen_are_the_twins(length: int) -> None:
+    theirs = tiny_v4(5)
+    ours, tokens_BT = twin_of(theirs), tokens(1, length, seed=5)
+    assert theirs.config.index_topk >= length
+    with torch.no_grad():
+        assert_twins(ours(tokens_BT).logits, in_pieces(theirs, tokens_BT))
+
+
+def test_choices_and_logits_at_length_4096_are_the_twins() -> None:
+    """One block: after a near tie in the first, the second chooses by other numbers."""
+    theirs = tiny_v4(6, compress_ratios=[4], num_hidden_layers=1, num_hash_layers=0, index_topk=256)
+    ours, tokens_BT = twin_of(theirs), tokens(1, 4096, seed=6)
+    with torch.no_grad(), choices(csa, [theirs.model.layers[0].self_attn.compressor.indexer]) as (mine, other):
+        got, want = ours(tokens_BT).logits, in_pieces(theirs, tokens_BT)
+    differ = assert_same_choices(mine, [joined(other)])
+    assert differ <= 4096 // 100
+    off_T = (got - want)[0].abs().amax(-1) > TWINS * want.abs().max()
+    assert off_T.sum() <= differ
 
 
 def test_cached_steps_are_the_twins() -> None:
