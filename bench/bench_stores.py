@@ -5,7 +5,8 @@
 
 training   steps of `tiny_cpu`, contenders in turn: RAM; disk with room in the cache for the whole table; disk with a cache of a tenth
            of it. The disk ones once with reading ahead, once one thing after another.
-decode     one token at a time through `model(token, state)`, rows of every token read from RAM, or from disk.
+decode     one token at a time through the captured step, rows of every token read from RAM, or from disk; wall clock, and the CPU time of
+           the thread, which neighbours on the machine disturb less (nothing waits: the file is in the page cache).
 scaling    the same steps on disk with 1e5, 1e7 and 2e8 rows (2e8 × 64 float32: 51 GB that nobody writes).
 limit      20 steps of a 20 GB table on disk, in a process of 2 GiB (RLIMIT_DATA, and a memory control group where root may make
            one), against the same steps in RAM without a limit: losses and all touched rows must be the same bits.
@@ -42,6 +43,7 @@ from byrote.memory.file import FileTable
 from byrote.memory.host import HostTable
 from byrote.memory.place import find_cache, innermost, place_table
 from byrote.memory.records import RowFormat
+from byrote.model.capture import capture_or_model
 from byrote.model.transformer import Model
 from byrote.recipes import load_recipe
 from byrote.train.loop import Trainer
@@ -165,34 +167,43 @@ def decode_of(recipe: str, folder: Path, tokens: int) -> dict[str, Any]:
             stores[name].put(rows_U, ram.gather(rows_U))
         stores[name].flush(1)
     stores["disk"] = HostTable(innermost(stores["disk"]))  # as `byrote.load` opens it: no cache, no thread
-    seconds = decode_in_turn(model, stores, warm_up=16, tokens=tokens)
+    clocks = decode_in_turn(model, stores, warm_up=16, tokens=tokens)
+    return {"tokens": tokens} | {clock: beside_ram(seconds) for clock, seconds in clocks.items()}
+
+
+def beside_ram(seconds: dict[str, list[float]]) -> dict[str, Any]:
     pairs = {name: [taken - ram for taken, ram in zip(values, seconds["RAM"], strict=True)] for name, values in seconds.items()}
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     overhead = {name: statistics.median(values) for name, values in pairs.items()}
     return {
         "microseconds_per_token": {name: 1e6 * value for name, value in medians.items()},
         "overhead_microseconds": {name: 1e6 * value for name, value in overhead.items()},
+        "overhead_quartiles": {name: [1e6 * value for value in statistics.quantiles(values)[::2]] for name, values in pairs.items()},
         "speed_of_ram": {name: medians["RAM"] / (medians["RAM"] + value) for name, value in overhead.items()},
-        "tokens": tokens,
     }
 
 
-@torch.no_grad()
-def decode_in_turn(model: Model, stores: dict[str, Any], *, warm_up: int, tokens: int) -> dict[str, list[float]]:
-    """Seconds of every token, each spoken with every store before the next one, so that a machine that drifts drifts for all."""
+@torch.inference_mode()
+def decode_in_turn(model: Model, stores: dict[str, Any], *, warm_up: int, tokens: int) -> dict[str, dict[str, list[float]]]:
+    """Clock → store → seconds of every token, each spoken with every store before the next one, so that a machine that drifts drifts
+    for all; which store comes first changes from token to token."""
+    step = capture_or_model(model)[0]
     states, token = {name: model.new_state(1) for name in stores}, torch.zeros(1, 1, dtype=torch.int64)
-    seconds: dict[str, list[float]] = {name: [] for name in stores}
-    for _ in range(warm_up + tokens):
+    clocks: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.thread_time}
+    seconds: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in stores} for clock in clocks}
+    names = list(stores)
+    for number in range(warm_up + tokens):
         said = set()
-        for name in stores:
+        for name in names[number % len(names) :] + names[: number % len(names)]:
             model.memory.store = stores[name]
-            start = time.perf_counter()
-            spoken = model(token, state=states[name]).logits[:, -1:].argmax(-1)
-            seconds[name].append(time.perf_counter() - start)
+            start = {clock: read() for clock, read in clocks.items()}
+            spoken = step(token, state=states[name]).logits[:, -1:].argmax(-1)
+            for clock, read in clocks.items():
+                seconds[clock][name].append(read() - start[clock])
             said.add(int(spoken))
         assert len(said) == 1, "every store must say the same"
-        token = (spoken + 1 + len(seconds["RAM"])) % model.config.vocab_size  # not the same few tokens again and again
-    return {name: values[warm_up:] for name, values in seconds.items()}
+        token = (spoken + 1 + number) % model.config.vocab_size  # not the same few tokens again and again
+    return {clock: {name: values[warm_up:] for name, values in taken.items()} for clock, taken in seconds.items()}
 
 
 # --- more table than memory -------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from byrote.errors import ConfigError
-from byrote.kernels.ngram_hash import unique_rows
 from byrote.memory.ngram import NgramHash, NgramHistory
 from byrote.memory.table import Slab, TableStore, Ticket
 
@@ -125,7 +124,8 @@ class Memory:
     def _wanted(self, tokens_BT: Tensor, document_BT: Tensor | None, state: HasHistory | None) -> tuple[Tensor, Tensor]:
         """(unique rows, which of them each read is)."""
         history = None if state is None else state.ngram_history(numbered=document_BT is not None)
-        return unique_rows(self.global_rows(tokens_BT, document_BT, history))
+        rows_U, inverse_BTLN = torch.unique(self.global_rows(tokens_BT, document_BT, history), return_inverse=True)
+        return rows_U, inverse_BTLN
 
 
 def _leaf(vectors_UE: Tensor) -> Tensor:

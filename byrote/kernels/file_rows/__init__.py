@@ -1,4 +1,4 @@
-"""Many small records of a file, read at once; and the few that one token needs, found and read in one call. The definition: reference.py."""
+"""Many small records of a file, read at once; the few that one token needs, found and read in one call. See reference.py."""
 
 import numpy as np
 from numpy.typing import NDArray

@@ -1,4 +1,4 @@
-"""N-grams of canonical ids → rows of the memory table, and which of these are the same row. The definition: reference.py."""
+"""N-grams of canonical ids → rows of the memory table. The definition: reference.py."""
 
 from torch import Tensor
 
@@ -15,9 +15,3 @@ def hash_rows(
     return backend.hash_rows(
         ids_BS, document_BS, pad=pad, vocab=vocab, multipliers_LM=multipliers_LM, primes_LNH=primes_LNH, starts_LN=starts_LN
     )
-
-
-def unique_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(the different rows, ascending; which of them each row is, in the shape of `rows`)."""
-    few = rows.numel() <= cpu.MOST_SORTED and cpu.can_run(rows)
-    return (cpu if few else reference).unique_rows(rows)

@@ -1,4 +1,4 @@
-"""The hash in C: decoding asks for a handful of rows a token, and thirty small tensors for them took longer than reading them.
+"""The hash in C: decoding asks for a handful of rows a token, and thirty small tensors for them take longer than reading them.
 
 The contract is reference.py's, bit by bit.
 """
@@ -14,12 +14,8 @@ from byrote.kernels import native
 
 FOLDER = Path(__file__).parent
 SOURCES = (FOLDER / "ngram_hash.c",)
-FUNCTIONS = {
-    # threads, B, T, L, M, H, vocab, pad, ids, document, multipliers, primes, starts, to
-    "ngram_hash": (c_int, *[c_long] * 5, *[c_int64] * 2, *[c_void_p] * 6),
-    "ngram_unique": (c_long, *[c_void_p] * 3),  # how many, rows, different ones, which of them each is
-}
-MOST_SORTED = 512  # rows; PyTorch sorts more of them faster
+# threads, B, T, L, M, H, vocab, pad, ids, document, multipliers, primes, starts, to
+FUNCTIONS = {"ngram_hash": (c_int, *[c_long] * 5, *[c_int64] * 2, *[c_void_p] * 6)}
 
 
 def library() -> ctypes.CDLL | None:
@@ -43,15 +39,6 @@ def hash_rows(
     sizes = (native.threads_for(to_BTLN.numel()), B, S - M + 1, L, M, H, vocab, pad)
     outside = _library().ngram_hash(*sizes, *map(native.address, held), to_BTLN.data_ptr())
     return None if outside else to_BTLN
-
-
-def unique_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """As the reference."""
-    rows = rows.contiguous()
-    different_U, which = native.empty((rows.numel(),), torch.int64), native.empty(rows.shape, torch.int64)
-    count = _library().ngram_unique(rows.numel(), rows.data_ptr(), different_U.data_ptr(), which.data_ptr())
-    native.check(count < 0)
-    return different_U[:count], which
 
 
 def _library() -> ctypes.CDLL:

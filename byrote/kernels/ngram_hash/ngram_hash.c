@@ -1,12 +1,7 @@
 /* N-grams to rows; see reference.py beside this file. */
 
+#include <stddef.h>
 #include <stdint.h>
-#include <stdlib.h>
-
-typedef struct {
-    int64_t row;
-    long at;
-} pair;
 
 /* The rows of one token; `id` points to its id, `document` to its document or is NULL. */
 static void rows_of(long L, long M, long H, int64_t pad, const int64_t *id, const int64_t *document, const int64_t *multipliers,
@@ -34,24 +29,4 @@ int ngram_hash(int threads, long B, long T, long L, long M, long H, int64_t voca
         rows_of(L, M, H, pad, ids + at, document ? document + at : NULL, multipliers, primes, starts, to + i * N);
     }
     return 0;
-}
-
-static int by_row(const void *a, const void *b) {
-    const int64_t x = ((const pair *)a)->row, y = ((const pair *)b)->row;
-    return (x > y) - (x < y);
-}
-
-/* different[0 .. found): the rows, ascending, each once; which[i]: the place of rows[i] among them. Returns found, or -1: no memory. */
-int ngram_unique(long n, const int64_t *rows, int64_t *different, int64_t *which) {
-    pair *sorted = malloc((n + 1) * sizeof *sorted);
-    if (!sorted) return -1;
-    for (long i = 0; i < n; i++) sorted[i] = (pair){rows[i], i};
-    qsort(sorted, n, sizeof *sorted, by_row);
-    int found = 0;
-    for (long i = 0; i < n; i++) {
-        if (!i || sorted[i].row != sorted[i - 1].row) different[found++] = sorted[i].row;
-        which[sorted[i].at] = found - 1;
-    }
-    free(sorted);
-    return found;
 }

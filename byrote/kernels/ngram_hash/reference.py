@@ -35,9 +35,3 @@ def _suffixes(ids_BS: Tensor, document_BS: Tensor | None, orders: int, pad: int)
         blocked = blocked | (document_BS[:, reach - back : reach - back + length] != document_BS[:, reach:])
         slots[back] = slots[back].masked_fill(blocked, pad)
     return torch.stack(slots)
-
-
-def unique_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """See the package."""
-    rows_U, inverse = torch.unique(rows, return_inverse=True)
-    return rows_U, inverse.view(rows.shape)
