@@ -40,7 +40,8 @@ class _SilentMemory:
 @contextmanager
 def memory_silenced(model: Model) -> Iterator[None]:
     """Inside, all rows read as zero, those of attached packs too; afterwards the model is as it was."""
-    owners: list[Any] = [owner for owner in (model, *model.packs.values()) if owner.memory is not None]
+    speakers: list[Any] = [model, *model.packs.values()]
+    owners = [owner for owner in speakers if owner.memory is not None]
     memories = [owner.memory for owner in owners]
     try:
         for owner, memory in zip(owners, memories, strict=True):
