@@ -5,10 +5,12 @@
 
 training   steps of `tiny_cpu`, contenders in turn: RAM; disk with room in the cache for the whole table; disk with a cache of a tenth
            of it. The disk ones once with reading ahead, once one thing after another.
-decode     one token at a time through `model(token, state)`, rows of every token read from RAM, or from disk.
+decode     one token at a time through the captured step, rows of every token read from RAM, or from disk; wall clock, and the CPU time of
+           the thread, which neighbours on the machine disturb less (nothing waits: the file is in the page cache).
 scaling    the same steps on disk with 1e5, 1e7 and 2e8 rows (2e8 × 64 float32: 51 GB that nobody writes).
-limit      20 steps of a 20 GB table on disk, in a process of 2 GiB (RLIMIT_DATA, and a memory control group where root may make
-           one), against the same steps in RAM without a limit: losses and all touched rows must be the same bits.
+limit      steps of a 20 GB table on disk, every row of it written before and none of it in the page cache, in a process of 2 GiB
+           (RLIMIT_DATA, and where root may make one a memory control group, which bounds the page cache too): reading ahead, one
+           thing after another, and the same steps in RAM without a limit. Losses and touched rows must be the same bits. 21 GB of disk.
 lookup     rows of 128 bytes at random, 65,536 a call, from 1e5, 1e7 and 2e8 rows in one flat file whose every block was written, page
            cache dropped for the largest, beside what the machine can do: `index_select` on a warm buffer; threads of `os.preadv`.
 """
@@ -37,11 +39,17 @@ import torch
 
 from bench.bench_memory import batches
 from bench.measure import report, spread, take_turns
+from byrote.kernels.counter_random import normal_rows
+from byrote.memory.cache import CachedTable
 from byrote.memory.config import TableConfig
+from byrote.memory.disk import DiskTable
 from byrote.memory.file import FileTable
 from byrote.memory.host import HostTable
-from byrote.memory.place import find_cache, innermost, place_table
+from byrote.memory.place import MakeTable, find_cache, innermost, place_table
+from byrote.memory.prefetch import BackgroundTable
 from byrote.memory.records import RowFormat
+from byrote.memory.table import DeviceTable, Slab, TableStore
+from byrote.model.capture import capture_or_model
 from byrote.model.transformer import Model
 from byrote.recipes import load_recipe
 from byrote.train.loop import Trainer
@@ -50,7 +58,8 @@ from byrote.train.run import RunConfig
 GB, GIB = 10**9, 2**30
 ROW = RowFormat(dim=32)  # 128 bytes
 LOOKUPS = 1 << 16
-LIMIT_BYTES, LIMIT_STEPS, LIMIT_TABLE = 2 * GIB, 20, 20 * GB
+LIMIT_BYTES, LIMIT_TABLE = 2 * GIB, 20 * GB
+LIMITED = ("disk, read ahead", "disk, synchronous", "RAM")
 
 
 def with_rows(config: RunConfig, rows: int | None, **engram: Any) -> RunConfig:
@@ -61,9 +70,9 @@ def with_rows(config: RunConfig, rows: int | None, **engram: Any) -> RunConfig:
     return replace(config, model=replace(config.model, engram=replace(memory, **size, **engram)))
 
 
-def stepper(config: RunConfig, table: TableConfig, folder: Path, data: list) -> tuple[Callable[[], Any], Trainer]:
+def stepper(config: RunConfig, make_table: MakeTable, data: list) -> tuple[Callable[[], Any], Trainer]:
     """A function that trains one step, the rows of the next one asked for before it, as a run does."""
-    training = Trainer(Model(config.model, make_table=place_table(table, folder)), config, total_steps=1000)
+    training = Trainer(Model(config.model, make_table=make_table), config, total_steps=1000)
     state = {"step": 0, "pending": training.read_ahead(data[:1])}
 
     def step() -> Any:
@@ -75,10 +84,10 @@ def stepper(config: RunConfig, table: TableConfig, folder: Path, data: list) -> 
 
 
 def drop_page_cache(path: Path) -> bool:
-    """Whether the system was made to forget what it read of a file."""
+    """Whether the system was made to forget what it read of a file, or of the files of a folder."""
     os.sync()
-    if hasattr(os, "posix_fadvise"):
-        handle = os.open(path, os.O_RDONLY)
+    for file in (path.iterdir() if path.is_dir() else [path]) if hasattr(os, "posix_fadvise") else []:
+        handle = os.open(file, os.O_RDONLY)
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(handle)
     with contextlib.suppress(OSError):
@@ -104,7 +113,7 @@ def training(folder: Path, rounds: int) -> dict[str, Any]:
         "disk, a tenth fits, synchronous": TableConfig(store="disk", cache_bytes=whole // 10, read_ahead=False),
     }
     for number, (name, place) in enumerate(places.items()):
-        made[name] = stepper(config, place, folder / f"training{number}", data)
+        made[name] = stepper(config, place_table(place, folder / f"training{number}"), data)
         for _ in range(20):  # every row of the data is touched, caches are warm
             made[name][0]()
         if cache := find_cache(made[name][1].model.memory.store):
@@ -131,7 +140,7 @@ def scaling(folder: Path, rounds: int) -> dict[str, Any]:
     sizes = {"1e5 rows": 10**5, "1e7 rows": 10**7, "2e8 rows": 2 * 10**8}
     made = {}
     for name, rows in sizes.items():
-        made[name] = stepper(with_rows(config, rows), TableConfig(store="disk"), folder / f"scaling{rows}", data)
+        made[name] = stepper(with_rows(config, rows), place_table(TableConfig(store="disk"), folder / f"scaling{rows}"), data)
     seconds = take_turns({name: step for name, (step, _) in made.items()}, rounds=rounds, warm_up=18)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     for _, trainer in made.values():
@@ -165,82 +174,130 @@ def decode_of(recipe: str, folder: Path, tokens: int) -> dict[str, Any]:
             stores[name].put(rows_U, ram.gather(rows_U))
         stores[name].flush(1)
     stores["disk"] = HostTable(innermost(stores["disk"]))  # as `byrote.load` opens it: no cache, no thread
-    seconds = decode_in_turn(model, stores, warm_up=16, tokens=tokens)
+    clocks = decode_in_turn(model, stores, warm_up=16, tokens=tokens)
+    return {"tokens": tokens} | {clock: beside_ram(seconds) for clock, seconds in clocks.items()}
+
+
+def beside_ram(seconds: dict[str, list[float]]) -> dict[str, Any]:
     pairs = {name: [taken - ram for taken, ram in zip(values, seconds["RAM"], strict=True)] for name, values in seconds.items()}
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     overhead = {name: statistics.median(values) for name, values in pairs.items()}
     return {
         "microseconds_per_token": {name: 1e6 * value for name, value in medians.items()},
         "overhead_microseconds": {name: 1e6 * value for name, value in overhead.items()},
+        "overhead_quartiles": {name: [1e6 * value for value in statistics.quantiles(values)[::2]] for name, values in pairs.items()},
         "speed_of_ram": {name: medians["RAM"] / (medians["RAM"] + value) for name, value in overhead.items()},
-        "tokens": tokens,
     }
 
 
-@torch.no_grad()
-def decode_in_turn(model: Model, stores: dict[str, Any], *, warm_up: int, tokens: int) -> dict[str, list[float]]:
-    """Seconds of every token, each spoken with every store before the next one, so that a machine that drifts drifts for all."""
+@torch.inference_mode()
+def decode_in_turn(model: Model, stores: dict[str, Any], *, warm_up: int, tokens: int) -> dict[str, dict[str, list[float]]]:
+    """Clock → store → seconds of every token, each spoken with every store before the next one, so that a machine that drifts drifts
+    for all; which store comes first changes from token to token."""
+    step = capture_or_model(model)[0]
     states, token = {name: model.new_state(1) for name in stores}, torch.zeros(1, 1, dtype=torch.int64)
-    seconds: dict[str, list[float]] = {name: [] for name in stores}
-    for _ in range(warm_up + tokens):
+    clocks: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.thread_time}
+    seconds: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in stores} for clock in clocks}
+    names = list(stores)
+    for number in range(warm_up + tokens):
         said = set()
-        for name in stores:
+        for name in names[number % len(names) :] + names[: number % len(names)]:
             model.memory.store = stores[name]
-            start = time.perf_counter()
-            spoken = model(token, state=states[name]).logits[:, -1:].argmax(-1)
-            seconds[name].append(time.perf_counter() - start)
+            start = {clock: read() for clock, read in clocks.items()}
+            spoken = step(token, state=states[name]).logits[:, -1:].argmax(-1)
+            for clock, read in clocks.items():
+                seconds[clock][name].append(read() - start[clock])
             said.add(int(spoken))
         assert len(said) == 1, "every store must say the same"
-        token = (spoken + 1 + len(seconds["RAM"])) % model.config.vocab_size  # not the same few tokens again and again
-    return {name: values[warm_up:] for name, values in seconds.items()}
+        token = (spoken + 1 + number) % model.config.vocab_size  # not the same few tokens again and again
+    return {clock: {name: values[warm_up:] for name, values in taken.items()} for clock, taken in seconds.items()}
 
 
 # --- more table than memory -------------------------------------------------------------------------------------------
 
 
-def limit(folder: Path, _: int) -> dict[str, Any]:
-    """Both ends run in processes of their own, one after the other."""
-    outcomes = {}
-    for place in ("disk", "device"):
-        command = [sys.executable, "-m", "bench.bench_stores", "--limited", place, "--folder", str(folder)]
+def limit(folder: Path, rounds: int) -> dict[str, Any]:
+    """All in processes of their own, one after the other and a second time in the other order."""
+    seconds = write_table(folder / "full")
+    outcomes: dict[str, list[dict[str, Any]]] = {place: [] for place in LIMITED}
+    for place in (*LIMITED, *reversed(LIMITED)):
+        drop_page_cache(folder / "full")
+        command = [sys.executable, "-m", "bench.bench_stores", "--limited", place, "--folder", str(folder), "--rounds", str(rounds)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"the process with its table on {place} ended with {done.returncode}: {done.stderr[-2000:]}"
-        outcomes[place] = json.loads(done.stdout.splitlines()[-1])
+        assert done.returncode == 0, f"{place} ended with {done.returncode}: {done.stderr[-2000:]}"
+        outcomes[place].append(json.loads(done.stdout.splitlines()[-1]))
     for name in ("losses", "rows", "touched"):
-        assert outcomes["disk"][name] == outcomes["device"][name], f"{name} differ: {outcomes}"
+        assert len({str(one[name]) for ones in outcomes.values() for one in ones}) == 1, f"{name} differ: {outcomes}"
+    steps = {place: [taken for one in ones for taken in one["step_seconds"]] for place, ones in outcomes.items()}
+    medians = {place: statistics.median(values) for place, values in steps.items()}
     return {
         "bitwise_equal": True,
         "table_bytes": LIMIT_TABLE,
         "limit_bytes": LIMIT_BYTES,
-        "step_seconds": {place: outcome["step_seconds"] for place, outcome in outcomes.items()},
-        "speed_of_ram": outcomes["device"]["step_seconds"]["median"] / outcomes["disk"]["step_seconds"]["median"],
-        "limits": outcomes["disk"]["limits"],
-        "peak_bytes": {place: outcome["peak_bytes"] for place, outcome in outcomes.items()},
-        "touched_rows": outcomes["disk"]["touched"],
+        "seconds_to_write_it": seconds,
+        "step_seconds": {place: spread(values) for place, values in steps.items()},
+        "medians_of_each_run": {place: [statistics.median(one["step_seconds"]) for one in ones] for place, ones in outcomes.items()},
+        "speed_of_ram": {place: medians["RAM"] / value for place, value in medians.items()},
+        "hit_rate": {place: ones[0]["hit_rate"] for place, ones in outcomes.items()},
+        "limits": outcomes[LIMITED[0]][0]["limits"],
+        "peak_bytes": {place: ones[0]["peak_bytes"] for place, ones in outcomes.items()},
+        "rows_touched": outcomes["RAM"][0]["touched"],
     }
 
 
-def limited(place: str, folder: Path) -> None:
-    """Train, and print what came of it. Rows start at zero, so that a table in RAM only takes the pages it touches."""
-    limits = set_limits() if place == "disk" else []
-    config = with_rows(load_recipe("tiny_cpu"), LIMIT_TABLE // 256, table_std=0.0)
-    data = batches(config, LIMIT_STEPS + 1)
-    step, trainer = stepper(config, TableConfig(store=place), folder / "limited", data)
-    losses, seconds = [], []
-    for _ in range(LIMIT_STEPS):
+def limited_config() -> RunConfig:
+    return with_rows(load_recipe("tiny_cpu"), LIMIT_TABLE // 256, table_std=0.0)
+
+
+def write_table(folder: Path) -> float:
+    """A table in which every row has a record; seconds it took."""
+    memory, start = Model(limited_config().model).memory, time.perf_counter()
+    assert memory is not None
+    table = DiskTable.create(folder, memory.store.num_rows, memory.store.dim)
+    for rows_U in torch.arange(table.num_rows).split(1 << 17):
+        table.put(rows_U, written(rows_U, table.dim))
+    table.flush(1)
+    table.close()
+    return time.perf_counter() - start
+
+
+def written(rows_U: torch.Tensor, dim: int) -> Slab:
+    return Slab(normal_rows(rows_U, dim, std=0.02), torch.zeros(len(rows_U), 1), torch.zeros(len(rows_U), dtype=torch.int32))
+
+
+def limited(place: str, folder: Path, steps: int) -> None:
+    """Train, and print what came of it. In RAM rows are zero but for those the batches touch, so that it takes the pages of these alone."""
+    limits = [] if place == "RAM" else set_limits()
+    config = limited_config()
+    data = batches(config, steps + 1)
+
+    def opened(*_: int, **__: Any) -> TableStore:
+        store = HostTable(CachedTable(DiskTable.open(folder / "full"), TableConfig().cache_bytes))
+        return BackgroundTable(store) if place == LIMITED[0] else store
+
+    step, trainer = stepper(config, DeviceTable if place == "RAM" else opened, data)
+    store, memory, seconds, losses = trainer.model.memory.store, trainer.model.memory, [], []
+    touched = [torch.unique(memory.global_rows(batch.tokens_BT, batch.document_BT)) for batch in data]
+    for rows_U in touched if place == "RAM" else []:
+        store.put(rows_U, written(rows_U, store.dim))
+    for _ in range(steps):
         start = time.perf_counter()
         losses.append(step().losses["next_token"].item().hex())
         seconds.append(time.perf_counter() - start)
-    store = trainer.model.memory.store
-    digest, touched = hashlib.sha256(), 0
-    for batch in data[:LIMIT_STEPS]:
-        rows_U = torch.unique(trainer.model.memory.global_rows(batch.tokens_BT, batch.document_BT))
-        touched += len(rows_U)
+    cache, digest = find_cache(store), hashlib.sha256()
+    hit_rate = None if cache is None else cache.hit_rate
+    for rows_U in touched[:steps]:
         for part in store.gather(rows_U):
             digest.update(part.numpy().tobytes())
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    outcome = {"losses": losses, "rows": digest.hexdigest(), "touched": touched, "limits": limits, "peak_bytes": peak}
-    print(json.dumps(outcome | {"step_seconds": spread(seconds[3:])}))
+    outcome = {
+        "losses": losses,
+        "rows": digest.hexdigest(),
+        "touched": sum(map(len, touched[:steps])),
+        "limits": limits,
+        "peak_bytes": peak,
+    }
+    print(json.dumps(outcome | {"hit_rate": hit_rate, "step_seconds": seconds[3:]}))
     store.close()
 
 
@@ -343,7 +400,7 @@ def main() -> None:
     parser.add_argument("--limited", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.limited:
-        limited(args.limited, Path(args.folder))
+        limited(args.limited, Path(args.folder), args.rounds)
         return
     for name in args.parts or PARTS:
         with working_folder(args.folder) as folder:

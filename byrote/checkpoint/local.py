@@ -32,7 +32,7 @@ from byrote.checkpoint.atomic import replacing_folder, standing, write_new
 from byrote.checkpoint.grow import with_indexers
 from byrote.checkpoint.manifest import MANIFEST, check_files, read_manifest, write_manifest
 from byrote.checkpoint.packs import attach_noted, attached_packs
-from byrote.checkpoint.runs import find_checkpoint, is_step_folder, listing, newest_complete
+from byrote.checkpoint.runs import CONFIG, find_checkpoint, is_step_folder, listing, newest_complete
 from byrote.checkpoint.tables import (
     FOLDER,
     TABLE,
@@ -55,7 +55,7 @@ from byrote.model.init import without_storage
 from byrote.model.transformer import Model
 from byrote.tokenizer.bpe import Tokenizer
 
-CONFIG, MODEL, TOKENIZER = "config.json", "model.safetensors", "tokenizer"
+MODEL, TOKENIZER = "model.safetensors", "tokenizer"
 TRAINER, TRAINER_TENSORS, OPTIMIZER = "trainer.json", "trainer.safetensors", "optimizer.safetensors"
 _ALL = (CONFIG, MODEL, TABLE, FOLDER, TOKENIZER, TRAINER, TRAINER_TENSORS, OPTIMIZER, TABLE_STATE, MANIFEST)
 _FP32_ROLES = ("norm", "mix", "conv", "router")  # `load(dtype=)` lowers none of these
@@ -121,7 +121,7 @@ def load(
     """
     device = pick_device(device) if isinstance(device, str) else device
     folder = _open(path, verify)
-    model = _blank(_read_config(folder), saved_table(folder))
+    model = _blank(read_config(folder), saved_table(folder))
     if model.memory is not None:
         read_table(model, folder)
     weights = read_tensors(folder / MODEL)
@@ -246,7 +246,8 @@ def _read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} cannot be read: {error}. Restore the checkpoint from a copy") from error
 
 
-def _read_config(folder: Path) -> ModelConfig:
+def read_config(folder: Path) -> ModelConfig:
+    """The model of a checkpoint, as it was configured. CheckpointError: of another version."""
     try:
         return from_dict(ModelConfig, _read_json(folder / CONFIG))
     except ConfigError as error:
@@ -254,7 +255,7 @@ def _read_config(folder: Path) -> ModelConfig:
 
 
 def _check_config(folder: Path, config: ModelConfig) -> None:
-    saved, ours = _flat(to_dict(_read_config(folder))), _flat(to_dict(config))
+    saved, ours = _flat(to_dict(read_config(folder))), _flat(to_dict(config))
     other = [f"{name} is {saved.get(name)} there, {ours.get(name)} here" for name in {**saved, **ours} if saved.get(name) != ours.get(name)]
     if other:
         raise CheckpointError(f"{folder} is of another model: {listing(other)}. Resume with the configuration of the saved run")

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from byrote.checkpoint.atomic import replace_file, replacing_folder, standing, write_new
-from byrote.checkpoint.runs import CHECKPOINTS
+from byrote.checkpoint.runs import CHECKPOINTS, is_run
 from byrote.checkpoint.tensors import tensor_bytes, tensor_file
 from byrote.config import from_dict, to_dict
 from byrote.device import check_disk
 from byrote.errors import CapacityError, ConfigError, MemoryPackError
 from byrote.memory.blocks import LEAVES, Sums, blocks, leaf_file_bytes
 from byrote.memory.card import card_text
+from byrote.memory.config import OWN
 from byrote.memory.heavy import TopNgram
 from byrote.memory.host import HostTable
 from byrote.memory.pack import (
@@ -191,7 +192,16 @@ def _explained(target: Path) -> Iterator[None]:
 
 def open_pack_files(path: str | os.PathLike[str]) -> PackFiles:
     """The pack as files, for whoever needs no model: its manifest, list of n-grams, rows."""
-    return open_files(standing(Path(path).expanduser()))
+    return open_files(_pack_folder(path))
+
+
+def _pack_folder(path: str | os.PathLike[str]) -> Path:
+    folder = standing(Path(path).expanduser())
+    if not folder.is_dir():
+        raise MemoryPackError(f"{path} {'is a file' if folder.exists() else 'does not exist'}. Give the folder of a pack")
+    if is_run(folder):
+        raise MemoryPackError(f"{path} is a run or a checkpoint, and no pack. Its memory becomes one by: byrote memory pack {path} OUT")
+    return folder
 
 
 def open_pack(path: str | os.PathLike[str], *, device: str | torch.device = "cpu", in_memory: bool = False) -> Pack:
@@ -262,9 +272,12 @@ def note_packs(path: str | os.PathLike[str], packs: AttachedPacks) -> None:
 def note_for(path: str | os.PathLike[str], pack: str | os.PathLike[str], name: str | None, *, any_base: bool) -> Attached:
     """The entry for a pack that lies in folder `pack`."""
     folder = Path(pack).expanduser().resolve()
-    manifest, digest = read_manifest(standing(folder))
+    manifest, digest = read_manifest(_pack_folder(pack))
+    name = manifest.name if name is None else name
+    if name == OWN:
+        raise MemoryPackError(f"{OWN!r} is the memory a run was trained with, so no pack can go by that name; give another with --name")
     where = os.path.relpath(folder, packs_file(path).parent)
-    return Attached(name=manifest.name if name is None else name, path=where, digest=digest, any_base=any_base)
+    return Attached(name=name, path=where, digest=digest, any_base=any_base)
 
 
 def attach_noted(model: Model, path: str | os.PathLike[str], noted: AttachedPacks, *, tokenizer: str | None = None) -> None:

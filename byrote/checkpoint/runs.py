@@ -15,8 +15,9 @@ from pathlib import Path
 from byrote.checkpoint.atomic import ASIDE, remove_folder, standing
 from byrote.checkpoint.manifest import MANIFEST, UnknownFormat, check_files, read_manifest
 from byrote.errors import CheckpointError
+from byrote.memory.pack import TABLE as PACKED_TABLE
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, CONFIG = "checkpoints", "config.json"
 _STEP = re.compile(rf"(?:{re.escape(ASIDE)})?(step-(\d+))")
 _SHOWN = 12  # names an error lists
 
@@ -50,10 +51,18 @@ def prune(run: str | os.PathLike[str], keep: int) -> None:
                 remove_folder(folder)
 
 
+def is_run(path: str | os.PathLike[str]) -> bool:
+    """Whether a run or a checkpoint lies there."""
+    folder = standing(Path(path).expanduser())
+    return (folder / CHECKPOINTS).is_dir() or (folder / CONFIG).is_file()
+
+
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     """The checkpoint that `path` means: itself, or the newest one of a run. Raises CheckpointError that lists what is there."""
     path = Path(path).expanduser()
     folder = standing(path)
+    if (folder / PACKED_TABLE).is_file():
+        raise CheckpointError(f"{path} is a pack; give the folder of a run, or of a checkpoint, that has a model in it")
     if (folder / MANIFEST).is_file():
         return folder
     if (folder / CHECKPOINTS).is_dir():

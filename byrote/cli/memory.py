@@ -5,12 +5,12 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from byrote.cli import memory_edit, memory_files
 from byrote.console import Progress, print_table
 from byrote.errors import MemoryPackError
+from byrote.memory.config import OWN
 
 if TYPE_CHECKING:
     from byrote.checkpoint.packs import AttachedPacks
@@ -29,7 +29,6 @@ examples:
 
 byrote memory ACTION --help explains one action. Packs hold no code, and opening one runs none.
 """
-OWN = "own"
 
 
 class Action(NamedTuple):
@@ -60,7 +59,9 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", metavar="NAME", help="what the pack is called (default: the name of RUN)")
     parser.add_argument("--provenance", metavar="TEXT", help="which text it was made from, and how (default: recipe and steps of RUN)")
     parser.add_argument("--licence", metavar="TEXT", default="not stated", help="under which it may be used (default: %(default)s)")
-    parser.add_argument("--top", type=int, default=200, metavar="N", help="list the N most visited n-grams as text (default: %(default)s)")
+    parser.add_argument(
+        "--top", type=memory_files.count, default=200, metavar="N", help="list the N most visited n-grams as text (default: %(default)s)"
+    )
     parser.add_argument("--no-text", action="store_true", help="leave that list out, so that no text of the corpus is in the pack")
     memory_files.add_writing(parser)
 
@@ -168,10 +169,10 @@ def _note(args: argparse.Namespace, wanted: "AttachedPacks") -> int:
     return 0
 
 
-def print_attached(run: str, noted: "AttachedPacks", *, has_own: bool | None, as_json: bool) -> None:
+def print_attached(run: str, noted: "AttachedPacks", *, has_own: bool, as_json: bool) -> None:
     """What speaks in a run, in its order."""
     packs = [{"name": entry.name, "path": entry.path, "digest": entry.digest, "any_base": entry.any_base} for entry in noted.packs]
-    own = noted.own if has_own is None else noted.own and has_own
+    own = noted.own and has_own
     if as_json:
         print(json.dumps({"run": run, "own": own, "packs": packs}, indent=2, ensure_ascii=False))
         return
@@ -188,22 +189,27 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from byrote.checkpoint.local import read_config
     from byrote.checkpoint.packs import attached_packs, open_pack_files
+    from byrote.checkpoint.runs import find_checkpoint, is_run
 
-    if _is_run(args.pack):
-        print_attached(args.pack, attached_packs(args.pack), has_own=None, as_json=args.json)
+    if is_run(args.pack):
+        has_own = read_config(find_checkpoint(args.pack)).engram is not None
+        print_attached(args.pack, attached_packs(args.pack), has_own=has_own, as_json=args.json)
         return 0
     return memory_files.show_pack(open_pack_files(args.pack), args.json)
 
 
 def _add_top(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="PACK_OR_RUN", help="folder of a pack with top.json, or of a run that counted n-grams")
-    parser.add_argument("-n", type=int, default=30, metavar="N", help="how many (default: %(default)s)")
+    parser.add_argument("-n", type=memory_files.count, default=30, metavar="N", help="how many (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the result on stdout as JSON")
 
 
 def _top(args: argparse.Namespace) -> int:
-    entries, lost = _top_of_run(args.source, args.n) if _is_run(args.source) else (memory_files.top_of_pack(args.source, args.n), None)
+    from byrote.checkpoint.runs import is_run
+
+    entries, lost = _top_of_run(args.source, args.n) if is_run(args.source) else (memory_files.top_of_pack(args.source, args.n), None)
     if args.json:
         result: dict[str, Any] = {"source": args.source, "at_most_missed": lost, "top": [entry._asdict() for entry in entries]}
         print(json.dumps(result, indent=2, ensure_ascii=False))
@@ -211,7 +217,7 @@ def _top(args: argparse.Namespace) -> int:
     print_table(
         [(json.dumps(entry.text, ensure_ascii=False), entry.order, entry.times) for entry in entries], ("n-gram", "order", "visits")
     )
-    if lost is not None:
+    if lost:
         print(f"\nEvery count may be up to {lost:,} too low: the sketch is bounded (memory/heavy.py)", file=sys.stderr)
     return 0
 
@@ -227,15 +233,6 @@ def _top_of_run(path: str, count: int) -> tuple[list[Any], int]:
     if model.memory is None or tokenizer is None:
         raise MemoryPackError(f"{path} has no memory, or no tokenizer to write n-grams with")
     return sketch.named(count, model.memory.canonical_V, tokenizer.decode), sketch.lost
-
-
-def _is_run(path: str) -> bool:
-    """Whether a run or a checkpoint lies there, and no pack."""
-    from byrote.checkpoint.local import CONFIG
-    from byrote.checkpoint.runs import CHECKPOINTS
-
-    folder = Path(path).expanduser()
-    return (folder / CHECKPOINTS).is_dir() or (folder / CONFIG).is_file()
 
 
 ACTIONS = {

@@ -174,8 +174,8 @@ def _probe(args: argparse.Namespace) -> int:
 
     texts = read_texts(args.files)
     model, tokenizer = load_for_text(args.run, "cpu")
-    if model.memory is None:
-        raise ConfigError(f"{args.run} has no memory of its own to look into: it was trained with model.engram none")
+    if model.memory is None and not model.packs:
+        raise ConfigError(f"{args.run} has no memory to look into. Put a pack on it: byrote memory attach {args.run} PACK")
     visits_N = _saved_visits(args.run)
     pages = [(name, heard(model, tokenizer, content, visits_N)) for name, content in texts]
     tasks = knock_out(model, tokenizer, texts)

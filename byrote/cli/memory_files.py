@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from byrote.memory.pack import PackFiles
 
 
+def count(text: str) -> int:
+    """A number of things on the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of n-grams; give 1 or more")
+    return int(text)
+
+
 def _add_pack(parser: argparse.ArgumentParser, name: str = "pack", metavar: str = "PACK") -> None:
     parser.add_argument(name, metavar=metavar, help="folder of a pack")
 

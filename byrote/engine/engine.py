@@ -149,7 +149,10 @@ class Engine:
                 self.tokenizer is None and (params.stop or params.grammar),
                 "this engine has no tokenizer: stop strings and grammars need one",
             ),
-            (params.gates and self.model.memory is None, "this model has no memory whose gates could be reported (engram is none)"),
+            (
+                params.gates and self.model.memory is None and not self.packs(),
+                "this model has no memory whose gates could be reported: engram is none, and no pack is loaded",
+            ),
         ):
             if wrong:
                 raise RequestError(message)

@@ -27,7 +27,7 @@ from byrote.model.transformer import Model
 
 class Result(NamedTuple):
     logits_BLV: Tensor  # fp32, on the CPU
-    gates_BL: Tensor | None  # how strongly memory spoke: mean over layers and streams
+    gates_BL: Tensor | None  # how strongly memory spoke: mean over the memory layers of the text, packs included, and streams
 
 
 class Runner:
@@ -63,15 +63,14 @@ class Runner:
     ) -> Result:
         """Read `tokens`, one list a row, all equally long; logits of the `last` positions."""
         tokens_BT = torch.tensor(tokens, dtype=torch.int64, device=state.device)
-        want = ("gates",) if gates and self.model.memory is not None else ()
+        want = ("gates",) if gates else ()
         if self.model.packs or want or tokens_BT.numel() > MOST_ROWS:
             chosen = [() if pack is None else (pack,) for pack in packs] if self.model.packs else None
             output = self.model(tokens_BT, state=state, rows=rows, packs=chosen, last=last, want=want)
         else:
             output = self._step(tokens_BT, state=state, rows=rows)
         logits_BLV = output.logits[:, -last:].float().cpu()
-        spoken = [gate_BTR.float().mean(-1)[:, -last:].cpu() for gate_BTR in output.extras["gates"]] if want else None
-        return Result(logits_BLV, None if spoken is None else torch.stack(spoken).mean(0))
+        return Result(logits_BLV, _strength(output.extras["gates"], logits_BLV) if want else None)
 
     @torch.inference_mode()
     def draft(self, state: DecodeState, tokens: Sequence[int], count: int) -> list[list[int]]:
@@ -84,6 +83,13 @@ class Runner:
         if self.model.memory is None:
             return None
         return self.model.memory.prefetch(torch.tensor(tokens, dtype=torch.int64, device=state.device), None, state)
+
+
+def _strength(gates: Sequence[Tensor], logits_BLV: Tensor) -> Tensor:
+    """[B, L]: mean over streams and those layers that speak to the text; 0 where none does."""
+    B, L = logits_BLV.shape[:2]
+    spoken = [gates_BTR.float().mean(-1)[:, -L:].cpu() for gates_BTR in gates]
+    return torch.stack([torch.full((B, L), float("nan")), *spoken]).nanmean(0).nan_to_num(0.0)
 
 
 class Reading:

@@ -2,7 +2,7 @@
 
 Colours go from none (gate 0) to full (gate 1) in eight steps; on a terminal as background colours, in HTML with gate and visits of
 every token as a tooltip. Visits are the mean over the rows a token reads of how often training updated them; many tables in
-checkpoints without training state carry none.
+checkpoints without training state carry none. Attached packs count like the memory a model was trained with.
 """
 
 import html
@@ -43,15 +43,24 @@ def heard(model: Any, text: Any, content: str, visits_N: torch.Tensor | None = N
     for start in range(0, len(ids), _CONTEXT):
         piece = [text.begin_id, *ids[start : start + _CONTEXT]]
         gates_T = memory_gates(model, piece)[1:].flatten(1).mean(1)
-        rows_TN = model.memory.global_rows(torch.tensor([piece]))[0, 1:].flatten(1)
-        rows_U, inverse_TN = torch.unique(rows_TN, return_inverse=True)
-        visits_U = model.memory.store.gather(rows_U).visits_U if visits_N is None else visits_N[rows_U]
-        visits_T = visits_U[inverse_TN].float().mean(1)
+        visits_T = _visits(model, piece, visits_N)[1:]
         found += [
             Heard(text.token_bytes(token).decode("utf-8", "replace"), float(gate), float(visits))
             for token, gate, visits in zip(piece[1:], gates_T, visits_T, strict=True)
         ]
     return found
+
+
+def _visits(model: Any, piece: list[int], visits_N: torch.Tensor | None) -> torch.Tensor:
+    """float32 [T]: of the rows that each token reads, in the model's own memory and in its packs."""
+    found = []
+    for memory in (owner.memory for owner in (model, *model.packs.values()) if owner.memory is not None):
+        rows_TN = memory.global_rows(torch.tensor([piece]))[0].flatten(1)
+        rows_U, inverse_TN = torch.unique(rows_TN, return_inverse=True)
+        known = visits_N is not None and memory is model.memory
+        visits_U = visits_N[rows_U] if known and visits_N is not None else memory.store.gather(rows_U).visits_U
+        found.append(visits_U[inverse_TN].float().cpu())
+    return torch.cat(found, dim=1).mean(1)
 
 
 def knock_out(model: Any, text: Any, texts: Sequence[tuple[str, str]]) -> list[Knockout]:

@@ -39,16 +39,17 @@ class _SilentMemory:
 
 @contextmanager
 def memory_silenced(model: Model) -> Iterator[None]:
-    """Inside, all memory rows read as zero; afterwards the model is as it was."""
-    memory = model.memory
-    if memory is None:
-        yield
-        return
-    model.memory = _SilentMemory(memory)  # type: ignore[assignment]
+    """Inside, all rows read as zero, those of attached packs too; afterwards the model is as it was."""
+    speakers: list[Any] = [model, *model.packs.values()]
+    owners = [owner for owner in speakers if owner.memory is not None]
+    memories = [owner.memory for owner in owners]
     try:
+        for owner, memory in zip(owners, memories, strict=True):
+            owner.memory = _SilentMemory(memory)
         yield
     finally:
-        model.memory = memory
+        for owner, memory in zip(owners, memories, strict=True):
+            owner.memory = memory
 
 
 @contextmanager
@@ -63,7 +64,7 @@ def _quiet(model: Model) -> Iterator[None]:
 
 
 def memory_gates(model: Model, ids: Sequence[int]) -> Tensor:
-    """float32 [T, layers, R]: how far memory may speak at each token."""
+    """float32 [T, layers, R]: how far memory may speak at each token, layers in the order in which they do, those of packs included."""
     with _quiet(model):
         tokens_BT = torch.tensor([list(ids)], device=model.embed.weight.device)
         gates = model(tokens_BT, want=("gates",)).extras["gates"]

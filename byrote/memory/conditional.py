@@ -60,7 +60,8 @@ class Memory:
         self.hash, self.store = hash_, store
         self.canonical_V: Tensor | None = None
         self._vocab_size, self._needs_canonical, self._pad_token = vocab_size, needs_canonical, pad_token
-        self._layer_start_L = torch.tensor((0, *hash_.num_rows[:-1]), device="cpu").cumsum(0)
+        layer_start_L = torch.tensor((0, *hash_.num_rows[:-1]), device="cpu").cumsum(0)
+        self._starts_LN = hash_.offsets_LN + layer_start_L[:, None].to(hash_.offsets_LN.device)
         self.to(store.device)
 
     def to(self, device: torch.device | str) -> "Memory":
@@ -68,7 +69,7 @@ class Memory:
         self.store.to(device)
         index_device = self.store.index_device
         self.hash.to(index_device)
-        self._layer_start_L = self._layer_start_L.to(index_device)
+        self._starts_LN = self._starts_LN.to(index_device)
         self.canonical_V = None if self.canonical_V is None else self.canonical_V.to(index_device)
         return self
 
@@ -105,8 +106,8 @@ class Memory:
         where = self.store.index_device
         document_BT = None if document_BT is None else document_BT.to(where)
         history = None if history is None else history.to(where)
-        rows_BTLN = self.hash.rows(self.canonical(tokens_BT.to(where)), document_BT=document_BT, history_BN=history)
-        return rows_BTLN + self._layer_start_L[:, None]
+        ids_BT = self.canonical(tokens_BT.to(where))
+        return self.hash.rows(ids_BT, document_BT=document_BT, history_BN=history, starts_LN=self._starts_LN)
 
     def fetch(self, tokens_BT: Tensor, document_BT: Tensor | None = None, state: HasHistory | None = None) -> Rows:
         """Read what these tokens need. `state` supplies the tokens before them when a text comes in chunks."""
@@ -123,9 +124,8 @@ class Memory:
     def _wanted(self, tokens_BT: Tensor, document_BT: Tensor | None, state: HasHistory | None) -> tuple[Tensor, Tensor]:
         """(unique rows, which of them each read is)."""
         history = None if state is None else state.ngram_history(numbered=document_BT is not None)
-        wanted_BTLN = self.global_rows(tokens_BT, document_BT, history)
-        rows_U, inverse = torch.unique(wanted_BTLN, return_inverse=True)
-        return rows_U, inverse.view(wanted_BTLN.shape)
+        rows_U, inverse_BTLN = torch.unique(self.global_rows(tokens_BT, document_BT, history), return_inverse=True)
+        return rows_U, inverse_BTLN
 
 
 def _leaf(vectors_UE: Tensor) -> Tensor:

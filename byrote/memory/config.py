@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from byrote.errors import ConfigError
 
 STORES = ("device", "host", "disk")
+OWN = "own"  # what the memory that a run was trained with goes by, beside the names of packs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from byrote.errors import CapacityError, CheckpointError, ConfigError
 from byrote.kernels.counter_random import normal_rows
+from byrote.kernels.file_rows import pick_records
 from byrote.memory.file import stay_on_cpu
 from byrote.memory.records import RowFormat
 from byrote.memory.segment import Segment
@@ -44,7 +45,7 @@ from byrote.memory.table import Deferred, Slab, Ticket, digest_of
 from byrote.memory.table_folder import FORMAT, SUFFIX, TABLE, link, lock_folder, make_room, read_about, release, write_about
 
 _LEAST_SEGMENT, _MOST_SEGMENTS = 1 << 26, 128  # bytes of a segment; segments of a table without anything out of date, roughly
-_FEW = 32  # rows that are read one by one: those of a token, not of a batch
+_FEW = 64  # rows that are found and read in one call: those of a token, not of a batch
 _CLEAN_PER_PUT = 2  # records looked at for each record put, while cleaning is due
 INDEX_BYTES = 4  # of RAM per row of the table
 _MOST_SLOTS = 2**32
@@ -68,6 +69,7 @@ class DiskTable:
         self._segments: list[Segment] = []  # in the order of the log
         self._open: Segment | None = None  # the last of them, while it takes records
         self._victim: tuple[Segment, NDArray[np.int64], int] | None = None  # being cleaned: its row ids, and how far
+        self._parts_P3: NDArray[np.int64] | None = None  # of all segments, until one changes
         self._named = 0
         self._finalizer = weakref.finalize(self, release, self._segments, lock)
 
@@ -106,6 +108,7 @@ class DiskTable:
         facts = {"rows": entry["rows"], "live": entry["live"], "sha256": tuple(entry["sha256"])}
         segment = Segment.open(path, first, self.format.bytes, **facts)
         self._segments.append(segment)
+        self._parts_P3 = None
         ids_U = segment.ids()
         if len(ids_U) and not 0 <= ids_U.min() <= ids_U.max() < self.num_rows:
             raise CheckpointError(f"{path} names rows outside 0..{self.num_rows - 1}: it is damaged. Resume from another checkpoint")
@@ -131,11 +134,12 @@ class DiskTable:
         for segment in self._segments:
             segment.close()
         self._segments.clear()
-        self._open = self._victim = None
+        self._open = self._victim = self._parts_P3 = None
         self._slot_N = np.zeros(self.num_rows, np.uint32)
 
     def close(self) -> None:
         """Files and lock are given back; what was put since the last flush is gone."""
+        self._parts_P3 = None
         self._finalizer()
 
     # ── the protocol ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -166,13 +170,12 @@ class DiskTable:
         return slab
 
     def read(self, rows_U: Tensor) -> Tensor:
+        if len(rows_U) <= _FEW:
+            vectors_UE = torch.empty(len(rows_U), self.dim, dtype=self.dtype, device="cpu")
+            if pick_records(rows_U, self._slot_N, self._parts(), self.format.bytes, vectors_UE):
+                return vectors_UE
         slot_U = self._slot_N[rows_U.numpy()]
-        if not slot_U.all():
-            return self.gather(rows_U).vectors_UE
-        if len(slot_U) > _FEW or not len(slot_U):
-            return self.format.decode_vectors(self._records(slot_U))
-        records = b"".join(self._record(slot) for slot in slot_U.tolist())
-        return self.format.decode_vectors(torch.frombuffer(bytearray(records), dtype=torch.uint8).view(len(slot_U), -1))
+        return self.format.decode_vectors(self._records(slot_U)) if slot_U.all() else self.gather(rows_U).vectors_UE
 
     def prefetch(self, rows_U: Tensor) -> Ticket:
         return Deferred(self, rows_U)
@@ -248,14 +251,15 @@ class DiskTable:
         back_U[torch.from_numpy(order_U)] = torch.arange(len(slot_U))
         return records_UB.index_select(0, back_U)
 
-    def _record(self, slot: int) -> bytes:
-        """One record: for a token at a time, a plain loop costs less than calls on tensors."""
-        for segment in self._segments:
-            if segment.first <= slot < segment.last:
-                return segment.record(slot)
-        raise AssertionError(f"slot {slot} lies in no segment")
+    def _parts(self) -> NDArray[np.int64]:
+        """(first slot, slot behind the last, open file) of every segment, ascending."""
+        if self._parts_P3 is None:
+            parts = sorted((segment.first, segment.last, segment.handle) for segment in self._segments)
+            self._parts_P3 = np.array(parts, np.int64).reshape(-1, 3)
+        return self._parts_P3
 
     def _append(self, rows_U: NDArray[np.int64], records_UB: NDArray[np.uint8]) -> None:
+        self._parts_P3 = None
         while len(rows_U):
             segment = self._open or self._new_segment()
             room = self._capacity - segment.rows
@@ -328,6 +332,7 @@ class DiskTable:
         if end == victim.rows:
             self._victim = None
             self._segments.remove(victim)
+            self._parts_P3 = None
             victim.close()
         return end - begin
 

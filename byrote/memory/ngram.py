@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from byrote.errors import ConfigError
+from byrote.kernels.ngram_hash import hash_rows
 
 _LAYER_SEED_STEP = 10_007  # the released hash seeds layer ℓ with seed + 10007·ℓ
 
@@ -122,7 +123,7 @@ class NgramHash:
         self._multipliers_LM = torch.tensor(self.multipliers, dtype=torch.int64, device="cpu")
         self._primes_LNH = torch.tensor(self.primes, dtype=torch.int64, device="cpu").view(len(self.layers), max_order - 1, num_heads)
         exclusive = [np.cumsum((0, *primes[:-1])) for primes in self.primes]
-        self._offsets_LN = torch.from_numpy(np.stack(exclusive).astype(np.int64))
+        self.offsets_LN = torch.from_numpy(np.stack(exclusive).astype(np.int64))
 
     @property
     def num_rows(self) -> tuple[int, ...]:
@@ -133,36 +134,40 @@ class NgramHash:
         """Move the constants; returns self."""
         self._multipliers_LM = self._multipliers_LM.to(device)
         self._primes_LNH = self._primes_LNH.to(device)
-        self._offsets_LN = self._offsets_LN.to(device)
+        self.offsets_LN = self.offsets_LN.to(device)
         return self
 
-    def rows(self, ids_BT: Tensor, *, document_BT: Tensor | None = None, history_BN: Tensor | NgramHistory | None = None) -> Tensor:
-        """int64 [B, T, L, N]: the rows each token reads, with offsets inside its layer's table.
+    def rows(
+        self,
+        ids_BT: Tensor,
+        *,
+        document_BT: Tensor | None = None,
+        history_BN: Tensor | NgramHistory | None = None,
+        starts_LN: Tensor | None = None,
+    ) -> Tensor:
+        """int64 [B, T, L, N]: the rows each token reads, with offsets inside its layer's table (or counted from `starts_LN`).
 
         `history_BN` holds the canonical ids just before the chunk, oldest first (a plain tensor: of the same document).
         Raises ConfigError when an id lies outside [0, canonical_vocab), or a history has other than max_order − 1 ids a row.
         """
         history = self._history(history_BN, ids_BT)
-        self._check(torch.cat((history.ids_BN, ids_BT), dim=1))
-        shifted_MBT = self._suffixes(ids_BT, document_BT, history)
-        products_LMBT = shifted_MBT.unsqueeze(0) * self._multipliers_LM[:, :, None, None]
-        mix_LBT = products_LMBT[:, 0]
-        per_order = []
-        for order in range(1, self.max_order):
-            mix_LBT = mix_LBT ^ products_LMBT[:, order]
-            per_order.append(mix_LBT[..., None] % self._primes_LNH[:, order - 1][:, None, None, :])
-        rows_LBTN = torch.cat(per_order, dim=-1) + self._offsets_LN[:, None, None, :]
-        return rows_LBTN.permute(1, 2, 0, 3).contiguous()
-
-    def _check(self, ids_BT: Tensor) -> None:
-        if ids_BT.numel() == 0:
-            return
-        low, high = torch.aminmax(ids_BT)
-        if int(low) < 0 or int(high) >= self.canonical_vocab:
+        ids_BS = torch.cat((history.ids_BN, ids_BT), dim=1)
+        rows_BTLN = hash_rows(
+            ids_BS,
+            _documents(ids_BT, document_BT, history),
+            pad=self.pad,
+            vocab=self.canonical_vocab,
+            multipliers_LM=self._multipliers_LM,
+            primes_LNH=self._primes_LNH,
+            starts_LN=self.offsets_LN if starts_LN is None else starts_LN,
+        )
+        if rows_BTLN is None:
+            low, high = torch.aminmax(ids_BS)
             raise ConfigError(
                 f"canonical ids span {int(low)}..{int(high)}, allowed are 0..{self.canonical_vocab - 1}: "
                 "map tokens through the canonical table first"
             )
+        return rows_BTLN
 
     def _history(self, history: Tensor | NgramHistory | None, ids_BT: Tensor) -> NgramHistory:
         wanted = (ids_BT.shape[0], self.max_order - 1)
@@ -175,20 +180,13 @@ class NgramHash:
             )
         return history
 
-    def _suffixes(self, ids_BT: Tensor, document_BT: Tensor | None, history: NgramHistory) -> Tensor:
-        """[max_order, B, T]: slot i holds the id i positions back, or the pad class beyond a border or the start."""
-        reach, (batch, length) = self.max_order - 1, ids_BT.shape
-        padded = torch.cat((history.ids_BN, ids_BT), dim=1)
-        slots = [padded[:, reach - back : reach - back + length] for back in range(self.max_order)]
-        if length == 0 or (document_BT is None and history.document_BN is None):
-            return torch.stack(slots)
-        if document_BT is None:
-            assert history.document_BN is not None
-            document_BT = history.document_BN[:, -1:].expand(batch, length)
-        before = document_BT[:, :1].expand(batch, reach) if history.document_BN is None else history.document_BN
-        documents = torch.cat((before.to(document_BT.dtype), document_BT), dim=1)
-        blocked = torch.zeros_like(ids_BT, dtype=torch.bool)
-        for back in range(1, self.max_order):
-            blocked = blocked | (documents[:, reach - back : reach - back + length] != document_BT)
-            slots[back] = slots[back].masked_fill(blocked, self.pad)
-        return torch.stack(slots)
+
+def _documents(ids_BT: Tensor, document_BT: Tensor | None, history: NgramHistory) -> Tensor | None:
+    """Documents of history and chunk behind one another; where one of them names none, it belongs to the other's nearest."""
+    if not ids_BT.shape[1] or (document_BT is None and history.document_BN is None):
+        return None
+    if document_BT is None:
+        assert history.document_BN is not None
+        document_BT = history.document_BN[:, -1:].expand(ids_BT.shape)
+    before_BN = document_BT[:, :1].expand(-1, history.ids_BN.shape[1]) if history.document_BN is None else history.document_BN
+    return torch.cat((before_BN.to(document_BT.dtype), document_BT), dim=1)

@@ -34,7 +34,7 @@ class Segment:
         self.path, self.first, self.size, self.rows, self.live, self.sha256 = path, first, size, rows, live, sha256
         self._ids: list[NDArray[np.int64]] = []
         self._digest, self._digested = hashlib.sha256(), 0  # of the piece that is being written
-        self._handle = -1
+        self.handle = -1
 
     @classmethod
     def create(cls, path: Path, first: int, size: int) -> "Segment":
@@ -53,18 +53,18 @@ class Segment:
             raise CheckpointError(
                 f"the table's segment {path} cannot be opened: {error.strerror}. Resume from another checkpoint"
             ) from error
-        found, listed = os.fstat(segment._handle).st_size, rows * (size + _ID.itemsize)
+        found, listed = os.fstat(segment.handle).st_size, rows * (size + _ID.itemsize)
         if found != listed:
             segment.close()
             raise CheckpointError(f"{path} has {found:,} bytes, its table lists {listed:,}. Resume from another checkpoint")
         return segment
 
     def _open(self, flags: int) -> None:
-        self._handle = os.open(self.path, flags, 0o666)
-        expect_random_reads(self._handle)
+        self.handle = os.open(self.path, flags, 0o666)
+        expect_random_reads(self.handle)
 
     def close(self) -> None:
-        handle, self._handle = self._handle, -1
+        handle, self.handle = self.handle, -1
         if handle >= 0:
             os.close(handle)
 
@@ -85,7 +85,7 @@ class Segment:
         """The ids behind the records, and everything on the disk."""
         ids_U = self.ids().view(np.uint8)
         self._write(ids_U, self.rows * self.size)
-        os.fsync(self._handle)
+        os.fsync(self.handle)
         self._take_digest(ids_U)
         self.sha256 += (self._digest.hexdigest(),) if self._digested or not self.sha256 else ()
         self._ids.clear()
@@ -98,11 +98,7 @@ class Segment:
 
     def read(self, slots_U: NDArray[np.int64], records_UB: Tensor) -> None:
         """Fill `records_UB` from ascending slots of this segment."""
-        read_records(self._handle, (slots_U - self.first) * self.size, records_UB)
-
-    def record(self, slot: int) -> bytes:
-        """The record of one slot."""
-        return os.pread(self._handle, self.size, (slot - self.first) * self.size)
+        read_records(self.handle, (slots_U - self.first) * self.size, records_UB)
 
     def copy_of(self, begin: int, end: int) -> Tensor:
         """uint8 [end − begin, B]: records in the order they were appended."""
@@ -119,7 +115,7 @@ class Segment:
     def _write(self, block: NDArray[np.uint8], at: int) -> None:
         rest = memoryview(np.ascontiguousarray(block).reshape(-1))
         while rest:
-            done = os.pwrite(self._handle, rest, at)
+            done = os.pwrite(self.handle, rest, at)
             rest, at = rest[done:], at + done
 
     def _take_digest(self, block: NDArray[np.uint8]) -> None:

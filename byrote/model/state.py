@@ -266,6 +266,8 @@ class DecodeState:
     def ngram_history(self, *, numbered: bool) -> NgramHistory:
         """The last canonical ids, oldest first; with their documents where the next tokens are `numbered` or earlier ones were."""
         reach, have = self._ngram_reach, min(self._ngram_reach, self.length)
+        if have == reach and self.documents is None and not numbered:
+            return NgramHistory(self.canonical.all()[:, self.length - reach :], None)
         ids_BN = torch.full((self.batch, reach), self._pad, dtype=torch.int64, device=self.device)
         ids_BN[:, reach - have :] = self.canonical.all()[:, self.length - have :]
         if self.documents is None and not numbered:

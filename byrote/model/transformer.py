@@ -161,7 +161,9 @@ class Model(nn.Module):
         for layer, block in enumerate(self.blocks):
             cache = None if batch.state is None else batch.state.caches[layer]
             for voice in batch.voices:
-                streams_BTRD = voice.speak(layer, streams_BTRD, batch)
+                streams_BTRD, gates_BTR = voice.speak(layer, streams_BTRD, batch)
+                if gates_BTR is not None:
+                    notes[f"packs.{voice.name}.{layer}"] = {"gates": gates_BTR}
             streams_BTRD, notes[f"blocks.{layer}"] = block(streams_BTRD, batch, cache)
         return streams_BTRD, notes
 

@@ -1,7 +1,7 @@
 """Packs in one call of the model: which rows each pack reads, for which sequences, and what it adds before a block.
 
     listen(packs, …) → voices        before the first block: every pack in use reads its rows, once for all its layers
-    voice.speak(block, streams, …)   before each block: the streams with this pack's memory added
+    voice.speak(block, streams, …)   before each block: the streams with this pack's memory added, and how far its gates opened
 
 A pack reads token ids through its own canonical map and keeps its own history, so packs of different hashes stand side by side. What
 it must remember of a text lies in the text's `DecodeState` (`new_tails`): its canonical ids, and the tail of each convolution.
@@ -36,24 +36,26 @@ class Voice(NamedTuple):
     rows: Rows
     sequences_C: Tensor | None  # indices of the sequences it speaks to; None: all
 
-    def speak(self, block: int, streams_BTRD: Tensor, batch: "Batch") -> Tensor:
-        """The streams before block `block` with this pack's memory added."""
+    def speak(self, block: int, streams_BTRD: Tensor, batch: "Batch") -> tuple[Tensor, Tensor | None]:
+        """(the streams before block `block` with this pack's memory added, its gates [B, T, R]: NaN for sequences it does not speak to;
+        None where it has no layer)."""
         engram = self.pack.engram(block)
         if engram is None:
-            return streams_BTRD
+            return streams_BTRD, None
         tail = None if batch.state is None else batch.state.tails.get((self.name, block))
         assert tail is None or isinstance(tail, Tail)
         documents_BS = None if batch.document_BT is None else batch.keys_document_BS
         rows_CTE = self.rows.layer(engram.slot)
         if self.sequences_C is None:
-            return engram.speak(streams_BTRD, rows_CTE, document_BS=documents_BS, extend=None if tail is None else tail.append)[0]
-        spoken_CTRD, _ = engram.speak(
+            return engram.speak(streams_BTRD, rows_CTE, document_BS=documents_BS, extend=None if tail is None else tail.append)
+        spoken_CTRD, gates_CTR = engram.speak(
             streams_BTRD[self.sequences_C],
             rows_CTE,
             document_BS=None if documents_BS is None else documents_BS[self.sequences_C],
             extend=None if tail is None else lambda normed_CTRD: self._extend_some(tail, normed_CTRD, len(streams_BTRD)),
         )
-        return streams_BTRD.index_copy(0, self.sequences_C, spoken_CTRD)
+        gates_BTR = gates_CTR.new_full((len(streams_BTRD), *gates_CTR.shape[1:]), float("nan"))
+        return streams_BTRD.index_copy(0, self.sequences_C, spoken_CTRD), gates_BTR.index_copy(0, self.sequences_C, gates_CTR)
 
     def _extend_some(self, tail: Tail, normed_CTRD: Tensor, sequences: int) -> Tensor:
         """Others of the batch remember zeros: this pack has said nothing to them."""

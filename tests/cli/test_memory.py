@@ -11,6 +11,7 @@ import torch
 import byrote
 from byrote.checkpoint.packs import open_pack_files
 from byrote.cli.main import main
+from byrote.memory.config import TableConfig
 from byrote.train.session import train
 from tests.tolerances import assert_bitwise
 from tests.train.tiny_runs import tiny_run, write_corpus
@@ -186,3 +187,43 @@ def test_every_action_explains_itself(capsys: pytest.CaptureFixture[str]) -> Non
     for name, action in ACTIONS.items():
         assert main(["memory", name, "--help"]) == 0
         assert action.help in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_pack_of_a_run_whose_table_is_on_disk_is_that_of_the_run_in_memory(trained: Path, tmp_path: Path) -> None:
+    config = tiny_run(trained / "corpus")
+    train(replace(config, table=TableConfig(store="disk", cache_bytes=1 << 16)), tmp_path / "run")
+    assert main(["memory", "pack", str(tmp_path / "run"), str(tmp_path / "pack"), "--licence", "CC0-1.0", "--top", "7"]) == 0
+    for name in ("table.bin", "layers.safetensors", "canonical.safetensors", "top.json"):
+        assert (tmp_path / "pack" / name).read_bytes() == (trained / "pack" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("attach", "plain", "run"), "is a run or a checkpoint, and no pack. Its memory becomes one by: byrote memory pack"),
+        (("verify", "run"), "is a run or a checkpoint, and no pack"),
+        (("attach", "pack", "pack"), "is a pack; give the folder of a run"),
+        (("attach", "run", "nothing"), "nothing does not exist. Give the folder of a pack"),
+        (("attach", "run", "pack/CARD.md"), "CARD.md is a file. Give the folder of a pack"),
+        (("attach", "run", "pack", "--name", "own"), "'own' is the memory a run was trained with"),
+        (("top", "pack", "-n", "-3"), "'-3' is no number of n-grams; give 1 or more"),
+    ],
+)
+def test_mixed_up_folders_and_names_are_told_apart(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, trained: Path, argv: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.chdir(trained)
+    assert said in refused(capsys, *argv)
+
+
+def test_inspecting_a_run_without_memory_of_its_own_shows_none(capsys: pytest.CaptureFixture[str], trained: Path) -> None:
+    assert done(capsys, "inspect", trained / "plain") == {"run": str(trained / "plain"), "own": False, "packs": []}
+
+
+def test_probe_looks_into_packs_too(capsys: pytest.CaptureFixture[str], place: Path) -> None:
+    (place / "t.txt").write_text("ab cab\nfa gab")
+    own = done(capsys, "probe", place / "run", place / "t.txt")
+    assert "has no memory to look into" in refused(capsys, "probe", place / "plain", place / "t.txt")
+    done(capsys, "detach", place / "run", "own")
+    done(capsys, "attach", place / "run", place / "pack", "--name", "law")
+    assert done(capsys, "probe", place / "run", place / "t.txt") == own

@@ -59,3 +59,54 @@ def test_a_file_that_ends_inside_a_record_and_a_closed_file_are_errors(file, bac
     os.close(handle)
     with pytest.raises(OSError, match="Bad file descriptor"):
         back_end.read_records(handle, offsets[:-1] if count > 1 else np.array([0]), torch.empty(max(count - 1, 1), 40, dtype=torch.uint8))
+
+
+class Log:
+    """Rows in two files whose slots are 1..40 and 101..140, as a table on disk keeps them."""
+
+    def __init__(self, folder, size=24):
+        self.folder, self.size, self.records = folder, size, np.random.default_rng(0).integers(0, 256, (80, size), np.uint8)
+        self.slot_N = np.concatenate([np.arange(1, 41), np.arange(101, 141)]).astype(np.uint32)
+        parts = []
+        for name, first, records in (("a", 1, self.records[:40]), ("b", 101, self.records[40:])):
+            (folder / name).write_bytes(records.tobytes())
+            parts.append((first, first + 40, os.open(folder / name, os.O_RDONLY)))
+        self.parts_P3 = np.array(parts, np.int64)
+
+    def pick(self, back_end, rows, wanted=16):
+        to_UE = torch.zeros(len(rows), wanted // 4)
+        whole = back_end.pick_records(torch.tensor(rows, dtype=torch.int64), self.slot_N, self.parts_P3, self.size, to_UE)
+        return whole, to_UE.view(torch.uint8).numpy()
+
+
+@pytest.fixture
+def log(tmp_path):
+    log = Log(tmp_path)
+    yield log
+    for handle in log.parts_P3[:, 2].tolist():
+        os.close(handle)
+
+
+@pytest.mark.parametrize("rows", [[], [0], [39, 40], [79, 3, 3, 55, 0], [*range(80), *range(80)]])
+@pytest.mark.parametrize("back_end", BACK_ENDS)
+@pytest.mark.parametrize("in_page_cache", [True, False])
+def test_picked_records_begin_with_the_bytes_of_the_files(log, back_end, rows, in_page_cache):
+    if not in_page_cache and hasattr(os, "posix_fadvise"):
+        for handle in log.parts_P3[:, 2].tolist():
+            os.fsync(handle)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    whole, got = log.pick(back_end, rows)
+    assert whole
+    assert (got == log.records[rows, :16]).all()
+
+
+@pytest.mark.parametrize("back_end", BACK_ENDS)
+def test_a_row_without_record_a_row_outside_and_a_file_that_ends_are_told(log, back_end):
+    log.slot_N[7] = 0
+    assert not log.pick(back_end, [5, 7])[0]
+    for outside in (-1, 80):
+        with pytest.raises(IndexError, match="of a table of 80"):
+            log.pick(back_end, [outside])
+    os.truncate(log.folder / "b", 24 * 39 + 5)
+    with pytest.raises(OSError, match="ends"):
+        log.pick(back_end, [3, 79])

@@ -12,7 +12,7 @@ from byrote.model.config import EngramConfig
 from byrote.model.pack import Pack, PackFacts, attach, base_fingerprint, detach, new_pack, own_memory, swap
 from byrote.model.transformer import Model
 from tests.model.tiny_models import ENGRAM, VOCAB, build, next_tokens, text, whole
-from tests.tolerances import assert_bitwise, assert_close_fp32
+from tests.tolerances import assert_bitwise, assert_close_bf16, assert_close_fp32
 
 BASE = whole(engram=None)
 OTHER_HASH = EngramConfig(layers=(1,), rows_per_order=31, head_dim=4, num_heads=3, max_order=2, hash_seed=3, gate="hard", table_std=0.5)
@@ -111,7 +111,7 @@ def test_stacked_packs_speak_one_after_the_other_in_each_block() -> None:
     for pack in (a, b):
         spoken, _ = pack.layers["0"].speak(spoken, pack.memory.fetch(tokens_BT).layer(0))
     for voice in batch.voices:
-        streams = voice.speak(0, streams, batch)
+        streams, _ = voice.speak(0, streams, batch)
     assert_bitwise(streams, spoken)
 
 
@@ -123,6 +123,41 @@ def test_a_pack_speaks_beside_the_memory_a_model_was_trained_with() -> None:
     own_memory(model, facts(model), take_off=True)
     alone = logits(model, tokens_BT)
     assert len({round(float(values.sum()), 3) for values in (own, both, alone)}) == 3
+
+
+def gates(model: Model, tokens_BT: Tensor, **how: Any) -> list[Tensor]:
+    with torch.no_grad():
+        return model(tokens_BT, want=("gates",), **how).extras["gates"]
+
+
+def test_gates_of_a_pack_are_told_as_those_of_a_models_own_memory_are() -> None:
+    model, tokens_BT = build(whole()), text(3, 13)
+    own = gates(model, tokens_BT)
+    attach(model, own_memory(model, facts(model), take_off=True))
+    for got, want in zip(gates(model, tokens_BT), own, strict=True):
+        assert_bitwise(got, want)
+    attach(model, pack_for(model, "B", config=OTHER_HASH))
+    told = gates(model, tokens_BT, packs=[("A", "B"), (), ("A",)])
+    heard = [[not bool(gate_BTR[row].isnan().any()) for gate_BTR in told] for row in range(3)]
+    assert heard == [[True, True, True], [False] * 3, [True, False, True]], "in the order of blocks; NaN where a pack is silent"
+    assert_close_fp32(told[0][2], own[0][2])
+
+
+@pytest.mark.parametrize("precision", ["bf16 weights", "autocast"])
+def test_in_half_precision_a_pack_is_the_memory_it_was_bitwise(precision: str) -> None:
+    model, tokens_BT = build(whole()), text(3, 13)
+    model = model.to(torch.bfloat16) if precision == "bf16 weights" else model
+    chosen = [("A",), ("A", "B"), ()]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "autocast"):
+        own = logits(model, tokens_BT)
+        attach(model, own_memory(model, facts(model), take_off=True))
+        assert_bitwise(logits(model, tokens_BT), own)
+        attach(model, pack_for(model, "B", config=OTHER_HASH))
+        assert_bitwise(logits(model, tokens_BT, packs=[("A",)] * 3), own)
+        mixed, state = logits(model, tokens_BT, packs=chosen), model.new_state(3)
+        assert_close_bf16(mixed[0], own[0])
+        parts = [logits(model, part, packs=chosen, state=state) for part in tokens_BT.split([5, 1, 7], dim=1)]
+    assert (torch.cat(parts, dim=1) - mixed).abs().mean() < 0.02 * mixed.abs().mean()
 
 
 # --- mixed in one batch -----------------------------------------------------------------------------------------------

@@ -2,14 +2,18 @@
 
    The threads wait for a disk, not for a core, so there may be more of them than cores; their stacks are small. */
 
+#define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #define STACK (1 << 16)
+#define WAITING 64  /* reads asked for before the first is waited for */
 
 typedef struct {
     int handle;
@@ -77,4 +81,51 @@ int file_rows_read(int threads, int handle, long U, long bytes, long near, long 
     pthread_attr_destroy(&small);
     pthread_mutex_destroy(&j.lock);
     return j.error;
+}
+
+typedef struct {
+    int64_t first, last, handle;
+} part;
+
+static const part *part_of(const part *parts, long P, int64_t slot) {
+    long low = 0, high = P;
+    while (low < high) {
+        const long middle = (low + high) / 2;
+        if (parts[middle].last <= slot) low = middle + 1;
+        else high = middle;
+    }
+    return low < P && parts[low].first <= slot ? parts + low : NULL;
+}
+
+/* What the page cache holds is copied at once; 1: it must come from the disk, which is asked for it and not waited for. */
+static int read_or_ask(int handle, char *to, long bytes, int64_t at) {
+#ifdef RWF_NOWAIT
+    const struct iovec room = {to, bytes};
+    if (preadv2(handle, &room, 1, at, RWF_NOWAIT) == bytes) return 0;
+    posix_fadvise(handle, at, bytes, POSIX_FADV_WILLNEED);
+#endif
+    return 1;
+}
+
+/* The first `wanted` bytes of each row's record. 0, an errno, -1: a file ends inside a record, -2: a row has none, -3: a row is outside 0 .. N,
+   -4: no file holds a slot. What waits is read last, so that a disk has all reads before it that it must make, without threads. */
+int file_rows_pick(long U, long N, long P, long size, long wanted, const int64_t *rows, const uint32_t *slots, const part *parts, char *to) {
+    long waiting[WAITING], W = 0;
+    int error = 0;
+    for (long u = 0; u < U; u++) {
+        if (rows[u] < 0 || rows[u] >= N) return -3;
+        if (!slots[rows[u]]) return -2;
+    }
+    for (long u = 0; u < U && !error; u++) {
+        const int64_t slot = slots[rows[u]];
+        const part *p = part_of(parts, P, slot);
+        if (!p) return -4;
+        if (read_or_ask(p->handle, to + u * wanted, wanted, (slot - p->first) * size)) waiting[W++] = u;
+        while (W && !error && (W == WAITING || u + 1 == U)) {
+            const long v = waiting[--W], late = slots[rows[v]];
+            p = part_of(parts, P, late);
+            error = read_whole(p->handle, to + v * wanted, wanted, (late - p->first) * size);
+        }
+    }
+    return error;
 }

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -32,6 +33,19 @@ def read_records(handle: int, offsets_U: NDArray[np.int64], records_UB: Tensor) 
         return
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(lambda first: _read(handle, offsets_U, target, runs[first::THREADS]), range(THREADS)))
+
+
+def pick_records(rows_U: Tensor, slot_N: NDArray[np.uint32], parts_P3: NDArray[np.int64], size: int, to_UE: Tensor) -> bool:
+    """See the package."""
+    if len(rows_U) and not 0 <= int(rows_U.min()) <= int(rows_U.max()) < len(slot_N):
+        raise IndexError(f"rows {int(rows_U.min())}..{int(rows_U.max())} of a table of {len(slot_N)}")
+    target, slots = to_UE.view(torch.uint8).numpy(), slot_N[rows_U.numpy()].tolist()
+    if not all(slots):
+        return False
+    for u, slot in enumerate(slots):
+        first, handle = next((first, handle) for first, last, handle in parts_P3.tolist() if first <= slot < last)
+        _read_whole(handle, target[u], (slot - first) * size)
+    return True
 
 
 def _runs(offsets_U: NDArray[np.int64], size: int) -> Iterable[tuple[int, int]]:
