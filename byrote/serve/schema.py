@@ -4,7 +4,7 @@ A field that is not here is refused with its name: a client that asks for someth
 OpenAI's: top_k, min_p, min_tokens, repetition_penalty, ignore_end, regex, gates. Types are strict: "1" is no number.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -103,11 +103,16 @@ class Common(Strict):
 
 
 class CompletionRequest(Common):
-    prompt: str | list[TokenId]
+    prompt: str | list[TokenId] | Annotated[list[str], Field(min_length=1)] | Annotated[list[list[TokenId]], Field(min_length=1)]
     max_tokens: int = Field(default=16, ge=1)
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: bool = False
     response_format: ResponseFormat | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """Each text, or list of token ids, that is to be continued."""
+        is_list = isinstance(self.prompt, list) and bool(self.prompt) and not isinstance(self.prompt[0], int)
+        return cast(list[str | list[int]], self.prompt if is_list else [self.prompt])
 
     def params(self, limits: Limits) -> SamplingParams:
         grammar = _one_grammar(self._grammar(), self.response_format)
