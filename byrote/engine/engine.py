@@ -60,6 +60,7 @@ class Stats(NamedTuple):
     running: int
     pages_used: int
     pages_total: int
+    pages_kept: int  # of those used: prefixes, for later prompts
     prefix_hit_tokens: int
     prompt_tokens: int
     output_tokens: int
@@ -253,6 +254,7 @@ class Engine:
             running=len(loop.batch.choices) + len(reading),
             pages_used=len(loop.pages) + loop.held(),
             pages_total=self.scheduler.pages,
+            pages_kept=len(loop.pages),
             drafted=tuple(self.drafter.drafted),
             accepted=tuple(self.drafter.accepted),
             speculating=self.runner.with_drafts,

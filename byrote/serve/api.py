@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -286,9 +287,18 @@ async def _on_invalid(_: Request, error: Exception) -> Response:
     """400 that names the field."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"][1:])
+    if first["type"] == "json_invalid":
+        return JSONResponse(
+            error_body(f"the body is no JSON: {first['ctx']['error']} at {first['loc'][1]}", "json_invalid", status=400), 400
+        )
+    field = ".".join(takewhile(_is_of_client, map(str, first["loc"][1:])))
     what = f"{field!r} is no field that byrote supports" if first["type"] == "extra_forbidden" else f"{field or 'body'}: {first['msg']}"
     return JSONResponse(error_body(what, first["type"], status=400, param=field or None), 400)
+
+
+def _is_of_client(part: str) -> bool:
+    """Whether a part of a field's place stands in the request; behind the others pydantic says which alternative it tried."""
+    return "[" not in part and part not in ("str", "constrained-str")
 
 
 async def _on_http_error(_: Request, error: Exception) -> Response:

@@ -47,10 +47,16 @@ class Served:
             time.sleep(0.05)
         pytest.fail(f"not healthy after {START_S} s: {''.join(self.log)}")
 
-    def worker(self) -> int:
-        """The process id of the engine."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return next(int(child) for child in children if "byrote.serve.worker" in Path(f"/proc/{child}/cmdline").read_text())
+    def worker(self, other_than: int = 0) -> int:
+        """The process id of the engine, when it can serve."""
+        children, ends = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children"), time.monotonic() + START_S
+        while time.monotonic() < ends:
+            for child in map(int, children.read_text().split()):
+                if child != other_than and "byrote.serve.worker" in Path(f"/proc/{child}/cmdline").read_text():
+                    self.wait_until_healthy()
+                    return child
+            time.sleep(0.05)
+        pytest.fail(f"no engine's process after {START_S} s: {''.join(self.log)}")
 
     def metric(self, name: str) -> float:
         found = re.search(rf"^{name} (\S+)$", self.http.get("/metrics").text, re.MULTILINE)

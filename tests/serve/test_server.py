@@ -119,6 +119,10 @@ def test_errors_are_the_clients_own_classes(served: Served) -> None:
     with pytest.raises(openai.BadRequestError, match="'best_of' is no field") as caught:
         complete(served, extra_body={"best_of": 2})
     assert caught.value.param == "best_of"
+    for field in ("prompt", "stop"):
+        with pytest.raises(openai.BadRequestError, match=f"{field}: Input should be") as caught:
+            complete(served, **{field: 5})
+        assert caught.value.param == field
     with pytest.raises(openai.BadRequestError, match="512") as caught:
         complete(served, prompt="so it goes " * 400)
     assert caught.value.code == "context_length_exceeded"
@@ -209,16 +213,15 @@ def test_a_killed_engine_fails_its_streams_at_once_and_is_started_again_and_four
     stream = complete(served, max_tokens=500, stream=True, extra_body={"ignore_end": True})
     next(iter(stream))
     began = time.monotonic()
-    os.kill(served.worker(), signal.SIGKILL)
+    worker = served.worker()
+    os.kill(worker, signal.SIGKILL)
     with pytest.raises(openai.APIError, match="engine's process ended"):
         list(stream)
     assert time.monotonic() - began < 5
-    served.wait_until_healthy()
-    assert complete(served).choices[0].text
     for _ in range(3):
-        served.wait_until_healthy()
-        os.kill(served.worker(), signal.SIGKILL)
-        time.sleep(0.3)
+        worker = served.worker(other_than=worker)
+        assert complete(served).choices[0].text
+        os.kill(worker, signal.SIGKILL)
     assert served.process.wait(30) == GAVE_UP
 
 
