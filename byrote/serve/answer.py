@@ -137,6 +137,6 @@ _ERRORS = (
 
 def responses(answer: type[BaseModel], *, streams: bool = False) -> dict[int | str, dict[str, Any]]:
     """`responses` of a route: its answer, or an error."""
-    events = {"content": {"text/event-stream": {"schema": {"type": "string"}}}} if streams else {}
-    errors = {f"{kind}XX": {"model": Error, "description": _ERRORS} for kind in (4, 5)}
+    events: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}} if streams else {}
+    errors: dict[int | str, dict[str, Any]] = {f"{kind}XX": {"model": Error, "description": _ERRORS} for kind in (4, 5)}
     return {200: {"model": answer, "description": "the answer", **events}, **errors}
