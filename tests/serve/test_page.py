@@ -1,5 +1,6 @@
 """The chat page in a headless browser: streaming, stop, gates, parameters, keys of the keyboard. Skipped where no browser is."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,9 @@ def page(served: Served, tmp_path: Path) -> Iterator["webdriver.Chrome"]:
     browser.quit()
 
 
+FAKE = """const body = arguments[0]; state.models[0].chat = true; window.fetch = async () => new Response(body);"""
+
+
 def wait(browser: "webdriver.Chrome", condition, seconds: float = 30) -> None:
     WebDriverWait(browser, seconds, 0.05).until(lambda _: condition())
 
@@ -75,7 +79,10 @@ def test_tokens_are_shaded_by_gate_and_say_it_to_a_screen_reader(page: "webdrive
     assert page.find_element(By.CSS_SELECTOR, ".turn .body").get_property("textContent") == "so it" + "".join(
         token.get_property("textContent") for token in tokens
     )
-    assert tokens
+    assert [token.get_attribute("tabindex") for token in tokens] == ["0", *["-1"] * (len(tokens) - 1)], "one stop of Tab an answer"
+    page.execute_script("document.querySelector('.token').focus()")
+    page.switch_to.active_element.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT)
+    assert page.switch_to.active_element == tokens[1]
     for token in tokens:
         assert token.get_attribute("aria-description") == token.get_attribute("title") != ""
         assert token.value_of_css_property("background-color") != "rgba(0, 0, 0, 0)"
@@ -92,6 +99,20 @@ def test_escape_stops_and_an_error_gives_the_prompt_back(page: "webdriver.Chrome
     assert "top_p" in page.find_element(By.CSS_SELECTOR, ".turn.error").text
     assert prompt.get_property("value") == "again"
     page.get_log("browser")  # the refused request is written there, as it should be
+
+
+def test_reasoning_is_folded_away_its_tags_not_shown_and_a_server_that_is_gone_is_an_error(page: "webdriver.Chrome") -> None:
+    def chunk(token: str, **delta: str) -> dict:
+        return {"choices": [{"delta": delta, "gates": [{"token": token, "gate": 0.5}]}]}
+
+    chunks = [chunk("<think>"), chunk("why", reasoning_content="why"), chunk("</think>so", content="so"), chunk(" on", content=" on")]
+    page.execute_script(FAKE, "".join(f"data: {json.dumps(one)}\n\n" for one in chunks))
+    page.find_element(By.ID, "prompt").send_keys("so it", Keys.ENTER)
+    wait(page, lambda: page.find_elements(By.CSS_SELECTOR, ".turn.error"))
+    assert "Is it still running?" in page.find_element(By.CSS_SELECTOR, ".turn.error").text, "nothing said [DONE]"
+    shown = [token.get_property("textContent") for token in page.find_elements(By.CSS_SELECTOR, ".turn .token")]
+    assert shown == ["why", "so", " on"]
+    assert page.find_element(By.CSS_SELECTOR, "details.thought span").get_property("textContent") == "why"
 
 
 def test_dark_is_a_button_that_says_whether_it_is_on(page: "webdriver.Chrome") -> None:
