@@ -17,7 +17,8 @@ import torch
 from bench.measure import report, spread, take_turns
 from bench.models import bench_model
 from byrote.checkpoint.huggingface import to_transformers
-from byrote.eval.sample import SamplingParams, generate_ids
+from byrote.engine.request import SamplingParams
+from byrote.eval.sample import generate_ids
 from byrote.kernels.decode_step import cpu
 from byrote.model.capture import capture
 from byrote.model.presets import load_preset

@@ -25,7 +25,8 @@ import torch
 
 from bench.measure import report, spread, take_turns
 from bench.models import v4_bench_config, v4_tiny_config, v4_twins
-from byrote.eval.sample import SamplingParams, generate_ids
+from byrote.engine.request import SamplingParams
+from byrote.eval.sample import generate_ids
 from byrote.model.config import V4AttentionConfig
 from byrote.model.transformer import Model
 

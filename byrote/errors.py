@@ -8,6 +8,7 @@
     ├── CapacityError      not enough disk, RAM or device memory for what was asked
     ├── TrainingError      training stopped itself: a loss or gradient that is not finite
     └── RequestError       a request the engine or server cannot honour
+        └── PromptTooLong  its prompt leaves no room for an answer
 
 A message says what was got, what is allowed, and what to do next.
 """
@@ -43,3 +44,7 @@ class TrainingError(ByroteError):
 
 class RequestError(ByroteError):
     """A request the engine or server cannot honour."""
+
+
+class PromptTooLong(RequestError):
+    """A prompt that leaves no room for an answer."""

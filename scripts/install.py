@@ -31,7 +31,7 @@ def main(made_from: str) -> None:
     begun = time.monotonic()
     make_environment()
     build = install_torch()
-    say("[3/3] installing byrote and its tools: about 60 small packages, 100 MB to download unless pip has them already")
+    say("[3/3] installing byrote and its tools: about 85 small packages, 120 MB to download unless pip has them already")
     pip_install(pinned("setuptools"))
     pip_install("--no-build-isolation", "--editable", ".[dev]")
     verify()

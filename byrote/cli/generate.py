@@ -19,7 +19,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from byrote.eval.sample import SamplingParams
+    from byrote.engine.request import SamplingParams
 
     default = SamplingParams()
     parser.epilog = EXAMPLES
@@ -50,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from byrote.cli.loading import load_for_text
-    from byrote.eval.sample import SamplingParams, decode_pieces, generate_ids, prompt_ids
+    from byrote.engine.request import SamplingParams
+    from byrote.eval.sample import decode_pieces, generate_ids, prompt_ids
     from byrote.model.capture import capture_or_model
 
     params = SamplingParams(

@@ -185,8 +185,9 @@ def _gated(run: "Run") -> list["GatedText"]:
 
 
 def _samples(run: "Run") -> list["Sample"]:
+    from byrote.engine.request import SamplingParams
     from byrote.eval.report import Sample
-    from byrote.eval.sample import SamplingParams, generate
+    from byrote.eval.sample import generate
 
     params = SamplingParams(max_tokens=_SAMPLE_TOKENS, temperature=0.7, top_p=0.95, seed=0)
     run.model.eval()

@@ -26,7 +26,7 @@ from byrote.engine.request import ByteTokenizer, Choice, Event, SamplingParams, 
 from byrote.engine.runner import Runner
 from byrote.engine.scheduler import Scheduler
 from byrote.engine.speculative import Drafter
-from byrote.errors import CapacityError, ConfigError, RequestError
+from byrote.errors import CapacityError, ConfigError, PromptTooLong, RequestError
 from byrote.model.pack import Pack, attach, detach
 from byrote.model.transformer import Model
 
@@ -60,6 +60,7 @@ class Stats(NamedTuple):
     running: int
     pages_used: int
     pages_total: int
+    pages_kept: int  # of those used: prefixes, for later prompts
     prefix_hit_tokens: int
     prompt_tokens: int
     output_tokens: int
@@ -131,10 +132,6 @@ class Engine:
         for wrong, message in (
             (not ids, "there are no ids to continue; begin with the tokenizer's begin_id"),
             (outside is not None, f"token id {outside} lies outside the model's vocabulary 0..{vocab_size - 1}"),
-            (
-                len(ids) >= self.max_length,
-                f"the prompt has {len(ids)} tokens; at most {self.max_length - 1} leave room for an answer (max_length {self.max_length})",
-            ),
             (request in self._live, f"a request with id {request!r} is in use; choose another, or leave the choice to the engine"),
             (
                 pack is not None and pack not in self.packs(),
@@ -156,6 +153,10 @@ class Engine:
         ):
             if wrong:
                 raise RequestError(message)
+        if len(ids) >= self.max_length:
+            raise PromptTooLong(
+                f"the prompt has {len(ids)} tokens; at most {self.max_length - 1} leave room for an answer (max_length {self.max_length})"
+            )
 
     def _choice(self, ids: Sequence[int], params: SamplingParams, request: str, index: int, pack: str | None, arrival: int) -> Choice:
         ends = () if self.tokenizer is None else (self.tokenizer.end_id,)
@@ -256,6 +257,7 @@ class Engine:
             running=len(loop.batch.choices) + len(reading),
             pages_used=len(loop.pages) + loop.held(),
             pages_total=self.scheduler.pages,
+            pages_kept=len(loop.pages),
             drafted=tuple(self.drafter.drafted),
             accepted=tuple(self.drafter.accepted),
             speculating=self.runner.with_drafts,

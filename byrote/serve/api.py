@@ -9,16 +9,18 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from byrote.engine.request import SamplingParams
-from byrote.errors import ByroteError, CapacityError, RequestError
+from byrote.errors import ByroteError, CapacityError, PromptTooLong, RequestError
+from byrote.serve.answer import ChatAnswer, Health, Memories, Models, TextAnswer, responses
 from byrote.serve.config import ServeConfig
 from byrote.serve.guard import Guard, error_body
 from byrote.serve.link import EngineGone, EngineLink, Stream
@@ -65,20 +67,26 @@ class Server:
             raise RequestError(f"there is no model {model!r}; this server has: {', '.join(self.models())}")
         return model.partition(":")[2] or None
 
-    def check_room(self) -> None:
-        if self.link.under_way >= self.config.limits.requests:
-            raise TooBusy(f"{self.link.under_way} requests are under way, this server allows {self.config.limits.requests}; try again")
+    def check_room(self, prompts: int) -> None:
+        """For so many more: RequestError where there never is, TooBusy where there is none now."""
+        most = self.config.limits.requests
+        if prompts > most:
+            raise RequestError(f"{prompts} prompts; this server reads at most {most} at once")
+        if self.link.under_way + prompts > most:
+            raise TooBusy(f"{self.link.under_way} requests are under way, this server allows {most}; try again")
 
 
 class _Job:
     """One request on its way: its stream in the engine, its choices, its time."""
 
-    def __init__(self, server: Server, request: Request, asked: Common, ids: list[int], params: SamplingParams, choices: list[Any]) -> None:
-        server.check_room()
-        self._server, self._request, self.asked, self.choices = server, request, asked, choices
+    def __init__(
+        self, server: Server, request: Request, asked: Common, prompts: list[list[int]], params: SamplingParams, choices: list[Any]
+    ) -> None:
+        server.check_room(len(prompts))
+        self._server, self.asked, self.choices = server, asked, choices
         self._ends = asyncio.get_running_loop().time() + server.config.limits.request_s
-        self._usages: list[dict[str, int] | None] = [None] * len(choices)
-        self.stream: Stream = server.link.add(request.state.request, ids, params, server.pack_of(asked.model))
+        self._usages: dict[int, dict[str, int]] = {}
+        self.stream: Stream = server.link.add(request.state.request, prompts, params, server.pack_of(asked.model))
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         """The engine's events; whoever stops listening gives back what the request holds."""
@@ -87,7 +95,8 @@ class _Job:
             async with asyncio.timeout_at(self._ends):
                 async for event in self.stream.events():
                     pace.tick()
-                    self._usages[event["index"]] = event["usage"] or self._usages[event["index"]]
+                    if event["usage"] is not None:
+                        self._usages[event["index"]] = event["usage"]
                     yield event
         except TimeoutError:
             raise TookTooLong(f"the request took longer than {self._server.config.limits.request_s:.0f} s and was ended") from None
@@ -103,7 +112,10 @@ class _Job:
         async for event in self.events():
             self.choices[event["index"]].chunk(event)
         answer = self.envelope(self.choices[0].kind, [choice.whole() for choice in self.choices])
-        return answer | {"usage": usage_fields(self._usages)}
+        return answer | {"usage": self._usage()}
+
+    def _usage(self) -> dict[str, Any]:
+        return usage_fields(self._usages, self.asked.n)
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Server-sent events. What goes wrong before the first is raised, later it is told inside the stream."""
@@ -115,7 +127,7 @@ class _Job:
                 begun = True
                 yield server_sent(chunk | ({"usage": None} if wants_usage else {}))
             if wants_usage:
-                yield server_sent(self.envelope(kind, []) | {"usage": usage_fields(self._usages)})
+                yield server_sent(self.envelope(kind, []) | {"usage": self._usage()})
         except ByroteError as error:
             if not begun:
                 raise
@@ -148,31 +160,31 @@ def make_app(config: ServeConfig, tokenizer: Tokenizer, template: ChatTemplate |
 
 
 def _add_text_routes(app: FastAPI, server: Server) -> None:
-    errors: dict[int | str, dict[str, Any]] = {
-        status: {"description": "an error in OpenAI's form"} for status in (400, 401, 413, 429, 503, 504)
-    }
-
-    @app.post("/v1/completions", responses=errors)
+    @app.post("/v1/completions", responses=responses(TextAnswer, streams=True))
     async def completions(asked: CompletionRequest, request: Request) -> Response:
-        ids = await _prompt_ids(server, asked.prompt)
-        echo = "" if not asked.echo else asked.prompt if isinstance(asked.prompt, str) else server.tokenizer.decode(asked.prompt)
-        make = partial(TextChoice, tokenizer=server.tokenizer, logprobs=asked.logprobs is not None, gates=asked.gates, echo=echo)
-        choices = [make(index) for index in range(asked.n)]
-        return await _answer(_Job(server, request, asked, ids, asked.params(server.config.limits), choices), request)
+        prompts, params = asked.prompts(), asked.params(server.config.limits)
+        server.check_room(len(prompts))
+        ids = await asyncio.to_thread(lambda: [_prompt_ids(server.tokenizer, prompt) for prompt in prompts])
+        echoes = [_text(server.tokenizer, prompt) if asked.echo else "" for prompt in prompts for _ in range(asked.n)]
+        make = partial(TextChoice, tokenizer=server.tokenizer, logprobs=asked.logprobs is not None, gates=asked.gates)
+        choices = [make(index, echo=echo) for index, echo in enumerate(echoes)]
+        return await _answer(_Job(server, request, asked, ids, params, choices), request)
 
-    @app.post("/v1/chat/completions", responses=errors)
+    @app.post("/v1/chat/completions", responses=responses(ChatAnswer, streams=True))
     async def chat(asked: ChatRequest, request: Request) -> Response:
         if server.template is None:
             raise RequestError(f"{server.config.name} is a base model without a chat template; use /v1/completions")
         ids = await asyncio.to_thread(server.template.encode, [message.plain() for message in asked.messages])
         choices = [ChatChoice(index, server.tokenizer, logprobs=asked.logprobs, gates=asked.gates) for index in range(asked.n)]
-        return await _answer(_Job(server, request, asked, ids, asked.params(server.config.limits), choices), request)
+        return await _answer(_Job(server, request, asked, [ids], asked.params(server.config.limits), choices), request)
 
 
-async def _prompt_ids(server: Server, prompt: str | list[int]) -> list[int]:
-    if isinstance(prompt, list):
-        return prompt
-    return [server.tokenizer.begin_id, *await asyncio.to_thread(server.tokenizer.encode, prompt)]
+def _prompt_ids(tokenizer: Tokenizer, prompt: str | list[int]) -> list[int]:
+    return [tokenizer.begin_id, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
+
+
+def _text(tokenizer: Tokenizer, prompt: str | list[int]) -> str:
+    return prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
 
 
 async def _answer(job: _Job, request: Request) -> Response:
@@ -202,31 +214,31 @@ async def _unless_gone(request: Request, work: Awaitable[Any]) -> Any:
 
 
 def _add_other_routes(app: FastAPI, server: Server) -> None:
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=responses(Models))
     async def models() -> dict[str, Any]:
         facts = {"object": "model", "created": server.began, "owned_by": "byrote"}
         more = {"max_model_len": server.link.max_length, "chat": server.template is not None}
         return {"object": "list", "data": [{"id": name, **facts, **more} for name in server.models()]}
 
-    @app.get("/v1/memories")
+    @app.get("/v1/memories", responses=responses(Memories))
     async def memories() -> dict[str, Any]:
         return {"object": "list", "data": server.link.memories}
 
-    @app.post("/v1/memories/attach")
+    @app.post("/v1/memories/attach", responses=responses(Memories))
     async def attach(change: MemoryChange) -> dict[str, Any]:
         return {"object": "list", "data": await server.link.change_memory(change.name, attach=True)}
 
-    @app.post("/v1/memories/detach")
+    @app.post("/v1/memories/detach", responses=responses(Memories))
     async def detach(change: MemoryChange) -> dict[str, Any]:
         return {"object": "list", "data": await server.link.change_memory(change.name, attach=False)}
 
-    @app.get("/health")
+    @app.get("/health", responses=responses(Health) | {503: {"model": Health, "description": "starting"}})
     async def health() -> Response:
         if not server.link.ready.is_set():
             return JSONResponse({"status": "starting"}, 503, {"retry-after": "5"})
         return JSONResponse({"status": "ok"})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4")
 
@@ -250,6 +262,7 @@ def _sends(file: str, kind: str) -> Callable[[], Awaitable[Response]]:
 
 _STATUS: dict[type[ByroteError], tuple[int, str]] = {
     RequestError: (400, "invalid_request"),
+    PromptTooLong: (400, "context_length_exceeded"),
     ClientGone: (499, "client_closed_request"),
     TooBusy: (429, "too_many_requests"),
     CapacityError: (503, "overloaded"),
@@ -274,9 +287,18 @@ async def _on_invalid(_: Request, error: Exception) -> Response:
     """400 that names the field."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"][1:])
+    if first["type"] == "json_invalid":
+        return JSONResponse(
+            error_body(f"the body is no JSON: {first['ctx']['error']} at {first['loc'][1]}", "json_invalid", status=400), 400
+        )
+    field = ".".join(takewhile(_is_of_client, map(str, first["loc"][1:])))
     what = f"{field!r} is no field that byrote supports" if first["type"] == "extra_forbidden" else f"{field or 'body'}: {first['msg']}"
     return JSONResponse(error_body(what, first["type"], status=400, param=field or None), 400)
+
+
+def _is_of_client(part: str) -> bool:
+    """Whether a part of a field's place stands in the request; behind the others pydantic says which alternative it tried."""
+    return "[" not in part and part not in ("str", "constrained-str")
 
 
 async def _on_http_error(_: Request, error: Exception) -> Response:

@@ -16,13 +16,18 @@ from typing import Any
 
 from byrote.config import to_dict
 from byrote.engine.request import SamplingParams
-from byrote.errors import ByroteError, CapacityError, RequestError
+from byrote.errors import ByroteError, CapacityError, PromptTooLong, RequestError
 from byrote.serve.config import ServeConfig
 
 _FORGIVEN_S = 600.0  # a death this long ago counts no more
 _END_S = 5.0  # what an engine that is told to end may take before it is killed
 _LINE_BYTES = 1 << 26  # longest line that is read from the engine
-_KINDS = {"RequestError": RequestError, "CapacityError": CapacityError}
+_KINDS = {
+    "RequestError": RequestError,
+    "PromptTooLong": PromptTooLong,
+    "CapacityError": CapacityError,
+    "ConfigError": RequestError,  # what this server's packages cannot do is a field that it does not support
+}
 
 
 class EngineGone(ByroteError):
@@ -30,12 +35,12 @@ class EngineGone(ByroteError):
 
 
 class Stream:
-    """Events of one request, in order; the last of each choice has a `finish`."""
+    """Events of one request, in order; the last of each choice has a `finish`. `parts`: its names in the engine, one a prompt."""
 
-    def __init__(self, request: str, choices: int) -> None:
-        self.request = request
+    def __init__(self, request: str, prompts: int, choices: int) -> None:
+        self.request, self.parts = request, [f"{request}-{number}" for number in range(prompts)]
         self.queue: asyncio.Queue[dict[str, Any] | ByroteError] = asyncio.Queue()
-        self._open = choices
+        self._open = prompts * choices
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         """Raises what the engine refused the request with, or what ended it."""
@@ -62,7 +67,7 @@ class EngineLink:
         self.max_length = 0
         self.deaths: deque[float] = deque()
         self.ready = asyncio.Event()
-        self._streams: dict[str, Stream] = {}
+        self._streams: dict[str, tuple[Stream, int]] = {}  # and the number of the part's first choice
         self._calls: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._process: asyncio.subprocess.Process | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -125,7 +130,7 @@ class EngineLink:
             f"the engine's process ended (status {self._process.returncode}); it is being started again, send the request again"
         )
         print(f"byrote: {gone}", file=sys.stderr)
-        for stream in self._streams.values():
+        for stream in {stream for stream, _ in self._streams.values()}:
             stream.queue.put_nowait(gone)
         for waiting in self._calls.values():
             waiting.set_exception(gone)
@@ -150,19 +155,23 @@ class EngineLink:
 
     @property
     def under_way(self) -> int:
+        """Prompts."""
         return len(self._streams)
 
-    def add(self, request: str, ids: list[int], params: SamplingParams, pack: str | None) -> Stream:
-        """The stream of a new request. EngineGone while there is no engine."""
+    def add(self, request: str, prompts: list[list[int]], params: SamplingParams, pack: str | None) -> Stream:
+        """The stream of a new request; choice j of prompt i has the index n·i + j. EngineGone while there is no engine."""
         self._check_alive()
-        stream = self._streams[request] = Stream(request, params.n)
-        self._send({"do": "add", "id": request, "ids": ids, "params": to_dict(params), "pack": pack})
+        stream, fields = Stream(request, len(prompts), params.n), to_dict(params)
+        for number, (part, ids) in enumerate(zip(stream.parts, prompts, strict=True)):
+            self._streams[part] = stream, params.n * number
+            self._send({"do": "add", "id": part, "ids": ids, "params": fields, "pack": pack})
         return stream
 
     def drop(self, stream: Stream) -> None:
         """Nobody listens to this request any more: free what it holds."""
-        if self._streams.pop(stream.request, None) is not None and stream.is_open and self.ready.is_set():
-            self._send({"do": "abort", "id": stream.request})
+        for part in stream.parts:
+            if self._streams.pop(part, None) is not None and stream.is_open and self.ready.is_set():
+                self._send({"do": "abort", "id": part})
 
     async def change_memory(self, name: str, *, attach: bool) -> list[dict[str, Any]]:
         """Attach or detach a pack by its name; all of them as they are then. RequestError for a name that is not known."""
@@ -195,8 +204,12 @@ class EngineLink:
             self.stats = message["stats"]
 
     def _deliver(self, request: str, event: dict[str, Any] | ByroteError) -> None:
-        if request in self._streams:  # else its client has gone, and these are the last tokens made before the engine heard of it
-            self._streams[request].queue.put_nowait(event)
+        if request not in self._streams:  # its client has gone, and these are the last tokens made before the engine heard of it
+            return
+        stream, first = self._streams[request]
+        if not isinstance(event, ByroteError):
+            event["index"] += first
+        stream.queue.put_nowait(event)
 
 
 def _as_error(fields: dict[str, str]) -> ByroteError:

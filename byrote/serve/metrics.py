@@ -16,6 +16,7 @@ _GAUGES = {
     "running": "sequences in the batch",
     "pages_used": "cache pages in use",
     "pages_total": "cache pages",
+    "pages_kept": "cache pages in use by nobody now, kept for later prompts",
 }
 _COUNTERS = {
     "prefix_hit_tokens": "prompt tokens found in the prefix cache",

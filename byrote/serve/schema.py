@@ -4,9 +4,9 @@ A field that is not here is refused with its name: a client that asks for someth
 OpenAI's: top_k, min_p, min_tokens, repetition_penalty, ignore_end, regex, gates. Types are strict: "1" is no number.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from byrote.engine.request import Grammar, SamplingParams
 from byrote.errors import RequestError
@@ -68,21 +68,13 @@ class Common(Strict):
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     repetition_penalty: float = Field(default=1.0, gt=0, le=100)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = None
     min_tokens: int = Field(default=0, ge=0)
     ignore_end: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
     regex: str | None = None
     gates: bool = False
-
-    @field_validator("logit_bias")
-    @classmethod
-    def _keys_are_token_ids(cls, value: dict[str, float] | None) -> dict[str, float] | None:
-        odd = [key for key in value or {} if not (key.isascii() and key.isdigit() and len(key) < 10)]
-        if odd:
-            raise ValueError(f"{odd[0]!r} is no token id")
-        return value
 
     def _grammar(self) -> Grammar | None:
         return None if self.regex is None else Grammar(kind="regex", text=self.regex)
@@ -103,11 +95,16 @@ class Common(Strict):
 
 
 class CompletionRequest(Common):
-    prompt: str | list[TokenId]
+    prompt: str | list[TokenId] | Annotated[list[str], Field(min_length=1)] | Annotated[list[list[TokenId]], Field(min_length=1)]
     max_tokens: int = Field(default=16, ge=1)
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: bool = False
     response_format: ResponseFormat | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """Each text, or list of token ids, that is to be continued."""
+        is_list = isinstance(self.prompt, list) and bool(self.prompt) and not isinstance(self.prompt[0], int)
+        return cast(list[str | list[int]], self.prompt if is_list else [self.prompt])
 
     def params(self, limits: Limits) -> SamplingParams:
         grammar = _one_grammar(self._grammar(), self.response_format)
@@ -120,17 +117,12 @@ class TextPart(Strict):
 
 
 class Message(Strict):
-    role: Literal["system", "user", "assistant", "developer", "tool"]
+    role: Literal["system", "user", "assistant", "developer"]
     content: str | list[TextPart]
-    name: str | None = None
     reasoning_content: str | None = None
 
     def plain(self) -> dict[str, str]:
-        """What a chat template takes. RequestError for what the templates here do not know."""
-        if self.role == "tool":
-            raise RequestError("messages: role 'tool' is not supported; allowed: system, developer, user, assistant")
-        if self.name is not None:
-            raise RequestError("messages: 'name' is not supported; leave it out")
+        """What a chat template takes."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         role = "system" if self.role == "developer" else self.role
         return {"role": role, "content": text}  # earlier reasoning is not shown to the model again

@@ -6,6 +6,7 @@ tokens, so what could become one is held (`Thinking`):
     pieces  "<th" "ink>a" "b</thi" "nk>c"      reasoning "a" "b"      content "c"
 """
 
+import codecs
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -71,6 +72,7 @@ class TextChoice:
     def __init__(self, index: int, tokenizer: HasBytes, *, logprobs: bool, gates: bool, echo: str = "") -> None:
         self._index, self._tokenizer, self._logprobs, self._gates, self._text = index, tokenizer, logprobs, gates, echo
         self._echo, self._offset, self._tokens, self._finish = echo, 0, list[Event](), None
+        self._joined = Gates(tokenizer)
 
     def chunk(self, event: Event) -> dict[str, Any]:
         """What this event adds."""
@@ -82,14 +84,14 @@ class TextChoice:
         return self._choice(text, tokens)
 
     def whole(self) -> dict[str, Any]:
-        self._offset = 0
+        self._offset, self._joined = 0, Gates(self._tokenizer)
         return self._choice(self._text, self._tokens)
 
     def _choice(self, text: str, tokens: list[Event]) -> dict[str, Any]:
         logprobs = text_logprobs(self._tokenizer, tokens, self._offset) if self._logprobs else None
         self._offset += sum(map(len, logprobs["tokens"])) if logprobs else 0
         choice = {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": self._finish}
-        return choice | ({"gates": gate_list(tokens, self._tokenizer)} if self._gates else {})
+        return choice | ({"gates": self._joined.push(tokens, last=self._finish is not None)} if self._gates else {})
 
 
 class ChatChoice:
@@ -99,7 +101,7 @@ class ChatChoice:
 
     def __init__(self, index: int, tokenizer: HasBytes, *, logprobs: bool, gates: bool) -> None:
         self._index, self._tokenizer, self._logprobs, self._gates = index, tokenizer, logprobs, gates
-        self._thinking, self._begun = Thinking(), False
+        self._thinking, self._joined, self._begun = Thinking(), Gates(tokenizer), False
         self._reasoning, self._content, self._tokens, self._finish = "", "", list[Event](), None
 
     def chunk(self, event: Event) -> dict[str, Any]:
@@ -117,6 +119,7 @@ class ChatChoice:
         return self._choice({"delta": delta}, event["tokens"])
 
     def whole(self) -> dict[str, Any]:
+        self._joined = Gates(self._tokenizer)
         message = {"role": "assistant", "content": self._content, "refusal": None}
         message |= {"reasoning_content": self._reasoning} if self._reasoning else {}
         return self._choice({"message": message}, self._tokens)
@@ -124,15 +127,13 @@ class ChatChoice:
     def _choice(self, said: dict[str, Any], tokens: list[Event]) -> dict[str, Any]:
         logprobs = chat_logprobs(self._tokenizer, tokens) if self._logprobs else None
         choice = {"index": self._index, **said, "logprobs": logprobs, "finish_reason": self._finish}
-        return choice | ({"gates": gate_list(tokens, self._tokenizer)} if self._gates else {})
+        return choice | ({"gates": self._joined.push(tokens, last=self._finish is not None)} if self._gates else {})
 
 
-def usage_fields(usages: Iterable[Mapping[str, int] | None]) -> dict[str, Any]:
-    """Of all choices of a request; the prompt counts once."""
-    known = [usage for usage in usages if usage is not None]
-    prompt = max((usage["prompt_tokens"] for usage in known), default=0)
-    completion = sum(usage["completion_tokens"] for usage in known)
-    cached = max((usage["cached_tokens"] for usage in known), default=0)
+def usage_fields(usages: Mapping[int, Mapping[str, int]], choices: int) -> dict[str, Any]:
+    """Of all choices of a request by their index; each prompt counts once for its `choices`."""
+    prompt, cached = (sum(usages[index][name] for index in usages if index % choices == 0) for name in ("prompt_tokens", "cached_tokens"))
+    completion = sum(usage["completion_tokens"] for usage in usages.values())
     total = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
     return total | {"prompt_tokens_details": {"cached_tokens": cached}}
 
@@ -178,9 +179,30 @@ def _finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
-def gate_list(tokens: Iterable[Event], tokenizer: HasBytes) -> list[dict[str, Any]]:
-    """How strongly memory spoke at each token (byrote's own field `gates`)."""
-    return [{"token": tokenizer.token_bytes(token["id"]).decode("utf-8", "replace"), "gate": token["gate"]} for token in tokens]
+class Gates:
+    """How strongly memory spoke at each token (byrote's own field `gates`). Tokens that end inside a character are joined with those
+    that complete it, under the mean of their gates."""
+
+    def __init__(self, tokenizer: HasBytes) -> None:
+        self._tokenizer, self._decoder = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
+        self._text, self._gates = "", list[float]()
+
+    def push(self, tokens: Iterable[Event], *, last: bool) -> list[dict[str, Any]]:
+        """What these tokens make certain; with the `last` ones all there is."""
+        shown = []
+        for token in tokens:
+            self._text += self._decoder.decode(self._tokenizer.token_bytes(token["id"]))
+            self._gates += [] if token["gate"] is None else [token["gate"]]
+            if not self._decoder.getstate()[0]:
+                shown.append(self._take())
+        if last and (self._decoder.getstate()[0] or self._text):
+            self._text += self._decoder.decode(b"", final=True)
+            shown.append(self._take())
+        return shown
+
+    def _take(self) -> dict[str, Any]:
+        text, gates, self._text, self._gates = self._text, self._gates, "", []
+        return {"token": text, "gate": sum(gates) / len(gates) if gates else None}
 
 
 def server_sent(data: Mapping[str, Any] | str) -> bytes:

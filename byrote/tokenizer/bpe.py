@@ -83,8 +83,8 @@ class Tokenizer:
         return self.token_strings()[token] if token in self._special else self.decode([token])
 
     def token_bytes(self, token: int) -> bytes:
-        """Exactly the bytes this token stands for: none for a special token."""
-        return self._bytes_of[token]
+        """Exactly the bytes this token stands for: none for a special token, or an id beyond the last (models round their number up)."""
+        return self._bytes_of[token] if token < len(self._bytes_of) else b""
 
     def token_strings(self) -> list[str]:
         """The vocabulary's own spelling of every id, in which each byte is one printable character."""

@@ -5,10 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from byrote.engine.request import Grammar, SamplingParams
 from byrote.errors import RequestError
-from byrote.eval.sample import PREFILL_TOKENS, SamplingParams, decode_pieces, generate, generate_ids, pick
+from byrote.eval.sample import PREFILL_TOKENS, decode_pieces, generate, generate_ids
 from byrote.kernels.decode_step import cpu
 from byrote.model.tape import Tape
+from tests.engine.small import answers, engine_of
 from tests.kernels.twins import need
 from tests.model.tiny_models import build, whole
 
@@ -115,56 +117,16 @@ def test_an_end_id_ends_and_is_not_given_out():
     assert list(generate_ids(Counting(), [3, 4], SamplingParams(max_tokens=9, temperature=0), end_ids=(13,))) == [6, 9]
 
 
-def draws(logits: torch.Tensor, count: int = 300, **params) -> list[int]:
-    generator = torch.Generator().manual_seed(0)
-    return [pick(logits, SamplingParams(**params), generator) for _ in range(count)]
+def test_a_seed_draws_what_it_draws_in_the_engine():
+    model, prompt = build(whole()), [5, 9, 14]
+    for params in (SamplingParams(max_tokens=20, temperature=1.0, seed=3), SamplingParams(max_tokens=20, top_k=9, top_p=0.9, seed=4)):
+        assert list(generate_ids(model, prompt, params)) == answers(engine_of(model), [prompt], params)[0]
 
 
-LOGITS = torch.log(torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15]))
-
-
-@pytest.mark.parametrize(
-    ("params", "possible"),
-    [
-        ({"top_k": 1}, {1}),
-        ({"top_k": 2}, {1, 3}),
-        ({"top_k": 99}, {0, 1, 2, 3, 4}),
-        ({"top_p": 0.01}, {1}),
-        ({"top_p": 0.39}, {1}),
-        ({"top_p": 0.6}, {1, 3}),
-        ({"top_p": 0.75}, {1, 3, 4}),
-        ({"top_k": 3, "top_p": 1.0}, {1, 3, 4}),
-        ({"top_k": 2, "top_p": 0.5}, {1}),
-        ({}, {0, 1, 2, 3, 4}),
-    ],
-)
-def test_top_k_and_top_p_leave_exactly_these_ids(params, possible):
-    assert set(draws(LOGITS, temperature=1.0, **params)) == possible
-
-
-def test_draws_follow_the_probabilities_and_temperature_sharpens_them():
-    n = 2000
-    counts = torch.bincount(torch.tensor(draws(LOGITS, n, temperature=1.0)), minlength=5) / n
-    assert (counts - LOGITS.exp()).abs().max() < 4 * (0.25 / n) ** 0.5  # four standard errors of the widest share
-    assert draws(LOGITS, 300, temperature=0.5).count(1) > draws(LOGITS, 300, temperature=1.0).count(1)
-    assert set(draws(LOGITS, temperature=1e-4)) == {1}
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"max_tokens": 0}, "max_tokens is 0"),
-        ({"temperature": -0.1}, "temperature is -0.1"),
-        ({"temperature": float("nan")}, "temperature is nan"),
-        ({"top_k": -1}, "top_k is -1"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"top_p": 1.5}, "top_p is 1.5"),
-        ({"stop": ("a", "")}, "stop is"),
-    ],
-)
-def test_parameters_that_mean_nothing_are_refused(wrong, message):
-    with pytest.raises(RequestError, match=message):
-        SamplingParams(**wrong)
+@pytest.mark.parametrize("params", [SamplingParams(n=2), SamplingParams(grammar=Grammar(kind="json"))], ids=["choices", "grammar"])
+def test_what_only_the_engine_can_is_refused(params):
+    with pytest.raises(RequestError, match=r"byrote\.LLM"):
+        next(generate_ids(Counting(), [1], params))
 
 
 def test_without_a_first_id_there_is_nothing_to_continue():

@@ -17,7 +17,8 @@ REFUSED = (
     {"best_of": 2},
     {"suffix": "x"},
     {"user": "u"},
-    {"prompt": ["a", "b"]},
+    {"prompt": ["a", 1]},
+    {"prompt": [[1], "a"]},
     {"prompt": [-1]},
     {"prompt": [1.5]},
     {"max_tokens": "5"},
@@ -94,5 +95,6 @@ def test_parts_of_text_are_joined_and_other_parts_refused() -> None:
     assert asked.messages[0].plain() == {"role": "system", "content": "ab"}
     with pytest.raises(ValidationError, match="image_url"):
         ChatRequest.model_validate(CHAT | {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]})
-    with pytest.raises(RequestError, match="tool"):
-        ChatRequest.model_validate(CHAT | {"messages": [{"role": "tool", "content": "x"}]}).messages[0].plain()
+    for message in ({"role": "tool", "content": "x"}, {"role": "user", "content": "x", "name": "y"}):
+        with pytest.raises(ValidationError, match=r"messages\.0\.(role|name)"):
+            ChatRequest.model_validate(CHAT | {"messages": [message]})

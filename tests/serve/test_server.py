@@ -1,15 +1,14 @@
 """`byrote serve` as a process, spoken to by the official client and by rude ones."""
 
+import asyncio
 import json
 import os
 import random
-import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,83 +17,11 @@ import pytest
 openai = pytest.importorskip("openai", reason="pip install openai")
 import httpx2  # noqa: E402  comes with openai
 
-import byrote  # noqa: E402
+from byrote.serve.api import make_app  # noqa: E402
+from byrote.serve.config import ServeConfig  # noqa: E402
 from byrote.serve.server import GAVE_UP  # noqa: E402
-from byrote.tokenizer.bpe import train_bpe  # noqa: E402
-from tests.model.tiny_models import whole  # noqa: E402
-
-START_S = 60
-KEY = "0123456789abcdef"
-TEXT = "so it goes and so it goes and the rest is silence. " * 20
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("serve") / "tiny"
-    tokenizer = train_bpe([TEXT], 280)
-    byrote.save(byrote.Model(whole(vocab_size=tokenizer.vocab_size, max_positions=512)), folder, tokenizer=tokenizer)
-    return folder
-
-
-class Served:
-    """A running server."""
-
-    def __init__(self, run: Path, *options: str, **environment: str) -> None:
-        command = [sys.executable, "-m", "byrote", "serve", str(run), "--port", "0", "--device", "cpu", *options]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
-        assert self.process.stderr is not None
-        first = self.process.stderr.readline()
-        found = re.search(r"http://\S+", first)
-        assert found, first + self.process.stderr.read()
-        self.url = found.group()
-        self.log: list[str] = [first]
-        self._drain = ThreadPoolExecutor(1)
-        self._drain.submit(lambda: self.log.extend(self.process.stderr))  # a full pipe would stop the server
-        self.http = httpx2.Client(base_url=self.url, timeout=60, headers={"authorization": f"Bearer {KEY}"})
-        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=60)
-        self.wait_until_healthy()
-
-    def wait_until_healthy(self) -> None:
-        ends = time.monotonic() + START_S
-        while time.monotonic() < ends:
-            try:
-                if self.http.get("/health").status_code == 200:
-                    return
-            except httpx2.TransportError:
-                assert self.process.poll() is None, "".join(self.log)
-            time.sleep(0.05)
-        pytest.fail(f"not healthy after {START_S} s: {''.join(self.log)}")
-
-    def worker(self) -> int:
-        """The process id of the engine."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return next(int(child) for child in children if "byrote.serve.worker" in Path(f"/proc/{child}/cmdline").read_text())
-
-    def metric(self, name: str) -> float:
-        found = re.search(rf"^{name} (\S+)$", self.http.get("/metrics").text, re.MULTILINE)
-        assert found, name
-        return float(found.group(1))
-
-    def settle(self) -> None:
-        """Wait until nothing is under way."""
-        ends = time.monotonic() + 20
-        quiet = 0
-        while quiet < 8:  # the engine tells its numbers twice a second
-            assert time.monotonic() < ends, "requests are still under way"
-            busy = sum(self.metric(f"byrote_{name}") for name in ("under_way", "running", "waiting"))
-            quiet = 0 if busy else quiet + 1
-            time.sleep(0.1)
-
-    def close(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(30)
-
-
-@pytest.fixture(scope="module")
-def served(run: Path) -> Iterator[Served]:
-    server = Served(run, BYROTE_API_KEY=KEY)
-    yield server
-    assert server.close() == 0, "".join(server.log)
+from byrote.tokenizer.bpe import Tokenizer  # noqa: E402
+from tests.serve.served import KEY, Served  # noqa: E402
 
 
 def complete(served: Served, **changes):
@@ -139,15 +66,51 @@ def test_a_stop_string_ends_the_text_before_it(served: Served) -> None:
 
 
 def test_gates_are_given_for_every_token_when_asked_for(served: Served) -> None:
-    gates = complete(served, extra_body={"gates": True}).choices[0].gates
-    assert len(gates) == 8
-    assert all(0 < one["gate"] < 1 for one in gates)
+    choice = complete(served, extra_body={"gates": True}).choices[0]
+    assert "".join(one["token"] for one in choice.gates) == choice.text != ""
+    assert all(0 < one["gate"] < 1 for one in choice.gates)
 
 
-def test_a_base_model_has_no_chat_and_says_so(served: Served) -> None:
-    with pytest.raises(openai.BadRequestError, match="without a chat template"):
-        served.openai.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hi"}])
+def test_a_chat_is_answered_by_the_template(served: Served) -> None:
+    asked = {"model": "tiny", "max_tokens": 6, "temperature": 0.0}
+    answer = served.openai.chat.completions.create(messages=[{"role": "user", "content": "so it"}], **asked)
+    assert answer.choices[0].message.content == served.openai.completions.create(prompt="[user]so it>", **asked).choices[0].text
     assert [model.id for model in served.openai.models.list()] == ["tiny"]
+
+
+def test_a_base_model_has_no_chat_and_says_so(tokenizer: Tokenizer) -> None:
+    app = make_app(ServeConfig(run="none", name="base"), tokenizer, None, lambda: None)
+
+    async def ask() -> httpx2.Response:
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://localhost") as client:
+            return await client.post("/v1/chat/completions", json={"model": "base", "messages": [{"role": "user", "content": "hi"}]})
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == 400
+    assert "without a chat template" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("prompts", [["so it", "and the rest", ""], [[5, 6], [7]]], ids=["texts", "token ids"])
+def test_several_prompts_are_answered_like_each_alone_choices_numbered_through(served: Served, prompts: list) -> None:
+    asked = {"n": 2, "temperature": 1.0, "seed": 3, "echo": True}
+    alone = [complete(served, prompt=prompt, **asked) for prompt in prompts]
+    together = complete(served, prompt=prompts, **asked)
+    assert [choice.index for choice in together.choices] == list(range(2 * len(prompts)))
+    assert [choice.text for choice in together.choices] == [choice.text for one in alone for choice in one.choices]
+    assert together.usage.prompt_tokens == sum(one.usage.prompt_tokens for one in alone)
+    assert together.usage.completion_tokens == sum(one.usage.completion_tokens for one in alone)
+    streamed = [""] * len(together.choices)
+    for chunk in complete(served, prompt=prompts, stream=True, **asked):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == [choice.text for choice in together.choices]
+
+
+def test_one_bad_prompt_refuses_the_request_and_leaves_nothing_under_way(served: Served) -> None:
+    with pytest.raises(openai.BadRequestError, match="token id 99999 lies outside"):
+        complete(served, prompt=[[5, 6], [99999]], echo=True, max_tokens=400)
+    with pytest.raises(openai.BadRequestError, match="200 prompts; this server reads at most 128"):
+        complete(served, prompt=["so"] * 200)
+    served.settle()
 
 
 def test_errors_are_the_clients_own_classes(served: Served) -> None:
@@ -156,8 +119,13 @@ def test_errors_are_the_clients_own_classes(served: Served) -> None:
     with pytest.raises(openai.BadRequestError, match="'best_of' is no field") as caught:
         complete(served, extra_body={"best_of": 2})
     assert caught.value.param == "best_of"
-    with pytest.raises(openai.BadRequestError, match="512"):
+    for field in ("prompt", "stop"):
+        with pytest.raises(openai.BadRequestError, match=f"{field}: Input should be") as caught:
+            complete(served, **{field: 5})
+        assert caught.value.param == field
+    with pytest.raises(openai.BadRequestError, match="512") as caught:
         complete(served, prompt="so it goes " * 400)
+    assert caught.value.code == "context_length_exceeded"
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{served.url}/v1", api_key="wrong", max_retries=0).models.list()
     with pytest.raises(openai.BadRequestError, match="there is no memory 'x'"):
@@ -245,16 +213,15 @@ def test_a_killed_engine_fails_its_streams_at_once_and_is_started_again_and_four
     stream = complete(served, max_tokens=500, stream=True, extra_body={"ignore_end": True})
     next(iter(stream))
     began = time.monotonic()
-    os.kill(served.worker(), signal.SIGKILL)
+    worker = served.worker()
+    os.kill(worker, signal.SIGKILL)
     with pytest.raises(openai.APIError, match="engine's process ended"):
         list(stream)
     assert time.monotonic() - began < 5
-    served.wait_until_healthy()
-    assert complete(served).choices[0].text
     for _ in range(3):
-        served.wait_until_healthy()
-        os.kill(served.worker(), signal.SIGKILL)
-        time.sleep(0.3)
+        worker = served.worker(other_than=worker)
+        assert complete(served).choices[0].text
+        os.kill(worker, signal.SIGKILL)
     assert served.process.wait(30) == GAVE_UP
 
 

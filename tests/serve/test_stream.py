@@ -81,11 +81,30 @@ def test_log_probabilities_are_json_even_for_tokens_that_cannot_come_and_bytes_t
     json.dumps(fields, allow_nan=False)
 
 
-def test_the_prompt_counts_once_however_many_choices() -> None:
+def test_each_prompt_counts_once_however_many_choices() -> None:
     one = {"prompt_tokens": 7, "completion_tokens": 3, "cached_tokens": 2}
-    fields = usage_fields([one, one | {"completion_tokens": 5}, None])
-    assert (fields["prompt_tokens"], fields["completion_tokens"], fields["total_tokens"]) == (7, 8, 15)
-    assert fields["prompt_tokens_details"] == {"cached_tokens": 2}
+    other = {"prompt_tokens": 9, "completion_tokens": 1, "cached_tokens": 4}
+    fields = usage_fields({3: other, 0: one, 1: one | {"completion_tokens": 5}, 2: other}, 2)
+    assert (fields["prompt_tokens"], fields["completion_tokens"], fields["total_tokens"]) == (16, 10, 26)
+    assert fields["prompt_tokens_details"] == {"cached_tokens": 6}
+
+
+@pytest.mark.parametrize("chunks", [[6], [1] * 6, [2, 4], [3, 3]], ids=str)
+def test_gates_stand_at_whole_characters(chunks: list[int]) -> None:
+    tokens = [token(byte, gate=gate) for byte, gate in zip("né€".encode(), (0.1, 0.2, 0.4, 0.3, 0.6, 0.9))]
+    choice, shown = TextChoice(0, Letters(), logprobs=False, gates=True), []
+    for count in chunks:
+        part, tokens = tokens[:count], tokens[count:]
+        shown += choice.chunk(event(finish=None if tokens else "length", tokens=tuple(part)))["gates"]
+    assert [one["token"] for one in shown] == ["n", "é", "€"]
+    assert [one["gate"] for one in shown] == pytest.approx([0.1, 0.3, 0.6])
+    assert choice.whole()["gates"] == shown
+
+
+def test_a_character_that_is_never_completed_still_has_its_gate() -> None:
+    choice = TextChoice(0, Letters(), logprobs=False, gates=True)
+    shown = choice.chunk(event(finish="length", tokens=(token(97, gate=0.5), token(0xC3, gate=0.25))))["gates"]
+    assert shown == [{"token": "a", "gate": 0.5}, {"token": "\ufffd", "gate": 0.25}]
 
 
 def test_a_server_sent_event_is_one_line_whatever_the_text() -> None:

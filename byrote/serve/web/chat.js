@@ -3,6 +3,7 @@
 
 const $ = (id) => document.getElementById(id);
 const state = { models: [], turns: [], stop: null };
+const GONE = "The server cannot be reached, or broke off. Is it still running?";
 
 // ── talking to the server ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -19,8 +20,20 @@ async function failure(response) {
   }
 }
 
+async function reach(path, options) {
+  try {
+    return await fetch(path, { headers: headers(), ...options });
+  } catch (error) {
+    throw error.name === "AbortError" ? error : new Error(GONE);
+  }
+}
+
 async function loadModels() {
-  const response = await fetch("/v1/models", { headers: headers() });
+  const response = await reach("/v1/models").catch((error) => ({ error }));
+  if (response.error) {
+    $("status").textContent = response.error.message;
+    return;
+  }
   if (!response.ok) {
     $("status").textContent = response.status === 401 ? "This server wants an API key: see Parameters." : await failure(response);
     return;
@@ -57,8 +70,8 @@ async function* serverSent(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
   for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
+    const { value, done } = await reader.read().catch((error) => { throw error.name === "AbortError" ? error : new Error(GONE); });
+    if (done) throw new Error(GONE); // an answer that is whole ends with [DONE]
     held += value;
     const events = held.split("\n\n");
     held = events.pop();
@@ -90,39 +103,45 @@ function addTurn(who, className, text) {
   return body;
 }
 
-function addThought(body, text) {
+function addThought(body, text, gates) {
   let thought = body.querySelector("details.thought");
   if (!thought) {
     thought = element("details", "thought");
     thought.append(element("summary", "", "Reasoning"), element("span", ""));
     body.prepend(thought);
   }
-  thought.lastChild.textContent += text;
+  addText(thought.lastChild, text, gates);
 }
 
+// Tokens of tags that split off the reasoning stand in `gates` and not in `text`.
 function addText(body, text, gates) {
-  if (!gates) return body.append(text);
+  const joined = (gates ?? []).map(({ token }) => token).join("");
+  if (!gates || !joined.endsWith(text)) return body.append(text);
+  let hidden = joined.length - text.length;
   for (const { token, gate } of gates) {
-    const shown = element("span", "token", token);
+    const part = token.slice(Math.max(hidden, 0));
+    hidden -= token.length;
+    if (!part) continue;
+    const shown = element("span", "token", part);
     if (gate !== null) {
       shown.style.backgroundColor = `rgb(240 150 0 / ${(0.75 * gate).toFixed(3)})`;
       shown.title = `gate ${gate.toFixed(3)}`;
       shown.setAttribute("aria-description", shown.title);
-      shown.tabIndex = 0;
+      shown.tabIndex = body.querySelector(".token[tabindex='0']") ? -1 : 0; // Tab reaches an answer once, arrows go on from there
     }
     body.append(shown);
   }
 }
 
 async function showSpeculation() {
-  const response = await fetch("/metrics", { headers: headers() });
+  const response = await reach("/metrics");
   if (!response.ok) return "";
   const counts = { drafted: [], accepted: [] };
   for (const [, name, position, value] of (await response.text()).matchAll(/byrote_(drafted|accepted)_tokens_total\{position="(\d+)"\} ([\d.e+]+)/g)) {
     counts[name][position - 1] = Number(value);
   }
   const shares = counts.drafted.map((drafted, index) => (drafted ? `${Math.round((100 * counts.accepted[index]) / drafted)} %` : ""));
-  return shares.some(Boolean) ? ` · drafts accepted: ${shares.join(", ")}` : "";
+  return shares.some(Boolean) ? ` · drafts accepted: ${shares.filter(Boolean).join(", ")}` : "";
 }
 
 // ── one turn ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -134,17 +153,17 @@ async function answer(prompt) {
   const [path, asked] = request(prompt);
   const began = performance.now();
   let content = "", usage = null;
-  const response = await fetch(path, { method: "POST", headers: headers(), body: JSON.stringify(asked), signal: state.stop.signal });
+  const response = await reach(path, { method: "POST", body: JSON.stringify(asked), signal: state.stop.signal });
   if (!response.ok) throw new Error(await failure(response));
   for await (const chunk of serverSent(response)) {
     if (chunk.error) throw new Error(chunk.error.message);
     usage = chunk.usage ?? usage;
     const choice = chunk.choices[0];
     if (!choice) continue;
-    const text = choice.text ?? choice.delta.content ?? "";
-    if (choice.delta?.reasoning_content) addThought(body, choice.delta.reasoning_content);
+    const text = choice.text ?? choice.delta.content ?? "", thought = choice.delta?.reasoning_content;
+    if (thought) addThought(body, thought, text ? null : choice.gates);
     content += text;
-    addText(body, text, choice.gates);
+    if (text) addText(body, text, choice.gates);
   }
   if (chats) state.turns.push({ role: "user", content: prompt }, { role: "assistant", content });
   const seconds = (performance.now() - began) / 1000;
@@ -179,6 +198,7 @@ async function send(event) {
 function busy(is) {
   $("send").disabled = is;
   $("stop").disabled = !is;
+  $("log").setAttribute("aria-busy", String(is)); // a screen reader hears an answer when it is whole
   if (is) $("status").textContent = "Writing …";
 }
 
@@ -206,6 +226,13 @@ $("prompt").addEventListener("keydown", (event) => {
 });
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") state.stop?.abort();
+});
+$("log").addEventListener("keydown", ({ key, target }) => {
+  const next = { ArrowLeft: target.previousElementSibling, ArrowRight: target.nextElementSibling }[key];
+  if (!target.matches(".token") || !next?.matches(".token")) return;
+  target.tabIndex = -1;
+  next.tabIndex = 0;
+  next.focus();
 });
 setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
 loadModels();
