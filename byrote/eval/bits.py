@@ -52,7 +52,7 @@ class BitsResult(NamedTuple):
     seconds: float
 
 
-class _Window(NamedTuple):
+class Window(NamedTuple):
     text: int
     start: int  # first token fed
     end: int  # one past the last token fed
@@ -80,15 +80,11 @@ def bits_per_byte(
     began = time.perf_counter()
     device = next(model.parameters()).device if device is None else device
     lines = [torch.tensor([tokenizer.begin_id, *ids]) for ids in tokenizer.encode_batch([text for _, text in texts])]
-    windows = sorted(_windows([len(line) for line in lines], context, stride), key=lambda window: window.start - window.end)
+    windows = cut_windows([len(line) for line in lines], context, stride)
     nats = torch.zeros(len(texts), dtype=torch.float64)
     with _scoring(model, device, precision):
-        for first in range(0, len(windows), batch_windows):
-            some = windows[first : first + batch_windows]
-            losses_B = _window_losses(model, _batch(some, lines, tokenizer.pad_id), device)
-            nats.index_add_(0, torch.tensor([window.text for window in some]), losses_B)
-            if progress is not None:
-                progress(first + len(some), len(windows))
+        nats_W = window_nats(model, lines, windows, tokenizer.pad_id, batch_windows=batch_windows, device=device, progress=progress)
+    nats.index_add_(0, torch.tensor([window.text for window in windows]), nats_W)
     scored = sum(len(line) - 1 for line in lines)
     return _result(texts, (nats / math.log(2)).tolist(), scored, time.perf_counter() - began)
 
@@ -118,18 +114,41 @@ def _check(texts: Sequence[tuple[str, str]], context: int, stride: int, batch_wi
         raise DataError("there is no text to score; give at least one that is not empty")
 
 
-def _windows(lengths: Sequence[int], context: int, stride: int) -> Iterator[_Window]:
-    """`lengths` count begin; the last token is a target only."""
+def cut_windows(lengths: Sequence[int], context: int, stride: int) -> list[Window]:
+    """Windows over lines of these `lengths`, in the order of the lines. A length counts begin; the last token is a target only."""
+    windows = []
     for text, length in enumerate(lengths):
         scored = 0
         while scored < length - 1:
             start = max(0, scored - context + stride)
             end = min(start + context, length - 1)
-            yield _Window(text, start, end, scored)
+            windows.append(Window(text, start, end, scored))
             scored = end
+    return windows
 
 
-def _batch(windows: Sequence[_Window], lines: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+def window_nats(
+    model: nn.Module,
+    lines: Sequence[Tensor],
+    windows: Sequence[Window],
+    pad: int,
+    *,
+    batch_windows: int,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """float64 [W] on the CPU: nats of what each window scores. Windows of like length go together."""
+    order = sorted(range(len(windows)), key=lambda place: windows[place].start - windows[place].end)
+    nats_W = torch.zeros(len(windows), dtype=torch.float64)
+    for first in range(0, len(order), batch_windows):
+        some = order[first : first + batch_windows]
+        nats_W[some] = _window_losses(model, _batch([windows[place] for place in some], lines, pad), device)
+        if progress is not None:
+            progress(first + len(some), len(windows))
+    return nats_W
+
+
+def _batch(windows: Sequence[Window], lines: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor, Tensor]:
     """(tokens, targets, documents), each [B, T]."""
     shape = len(windows), max(window.end - window.start for window in windows)
     tokens_BT, targets_BT = torch.full(shape, pad), torch.full(shape, IGNORE)

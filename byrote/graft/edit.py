@@ -10,7 +10,8 @@ probable one, by a margin; what is stored is then checked once more, in the tabl
 What other text feels. A row may be read by other n-grams too (the same words elsewhere; a collision). Rows are therefore freed in steps,
 by how often text held back reads them: 0 times, at most 1, 4, 16, any number. In the first step that text feels exactly nothing. In
 each later one its bits per byte are measured with the fact in place, and a fact that costs more than the bound is not written.
-Facts that were written earlier count as held-out text, and none that is recalled may be lost by writing another.
+Facts that were written earlier count as held-out text, and none that is recalled may be lost by writing another: those that read a freed
+row are lines of the same descent, which keeps their answers in the lead.
 
 Taking back is exact: every fact keeps the bits that its rows had. Facts that share rows lie on one another like layers; one below others
 can only be taken out with those above it (`forget` with `rewrite` writes these again).
@@ -20,6 +21,8 @@ What cannot be expected: a paraphrase reads other n-grams and finds nothing. Mea
 Shapes: B = 1 line, T tokens, U rows the line reads, W rows that may move, E numbers in a row.
 """
 
+import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,14 +32,15 @@ import torch
 from torch import Tensor
 
 from byrote.errors import ConfigError
-from byrote.eval.bits import bits_per_byte
+from byrote.eval.bits import cut_windows, window_nats
 from byrote.graft.facts import Fact, fact_line
 from byrote.graft.grafted import said, token_losses
 from byrote.memory.conditional import Memory, Rows
 from byrote.memory.table import Slab
 
 FREED = ((False, 0), (True, 0), (False, 1), (True, 1), (True, 4), (True, 16), (True, None))  # (of the whole line, reads by other text)
-_CONTEXT, _STRIDE = 256, 128
+_CONTEXT, _STRIDE = 256, 128  # tokens of a window of held-out text
+_LOOK = 10  # steps over which progress is seen
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,39 +79,45 @@ class Attempt(NamedTuple):
 
 
 class HeldOut:
-    """Text that shall feel nothing: which rows it reads how often, and its bits per byte."""
+    """Text that shall feel nothing: which rows it reads how often, and its bits per byte.
+
+    It is scored in windows (`eval/bits.py`). A window's bits follow from the rows it reads, for nothing else of the model changes; so they
+    are kept beside a digest of these rows, and only windows whose rows have moved are read again.
+    """
 
     def __init__(self, model: Any, text: Any, texts: Sequence[tuple[str, str]]) -> None:
-        self._model, self._text = model, text
-        self.texts = list(texts)
-        read = [model.memory.global_rows(torch.tensor([line])).flatten() for line in self._lines(self.texts)]
-        self.rows_U, self.times_U = torch.unique(torch.cat(read), return_counts=True)
-        self._of_text = [torch.unique(rows) for rows in read]
-        self._bits: dict[int, float] = {}
+        self._model, self._pad = model, text.pad_id
+        self.num_bytes = sum(len(part.encode()) for _, part in texts)
+        self._lines = [torch.tensor([text.begin_id, *ids]) for ids in text.encode_batch([part for _, part in texts])]
+        self._windows = cut_windows([len(line) for line in self._lines], _CONTEXT, _STRIDE)
+        self._of_window = [self._rows(self._lines[window.text][window.start : window.end]).unique() for window in self._windows]
+        whole = torch.cat([self._rows(line) for line in self._lines])
+        begins = torch.cat(self._of_window).unique()  # a window that begins amid a text reads other n-grams there
+        self.rows_U, self.times_U = torch.unique(torch.cat((whole, begins[~torch.isin(begins, whole)])), return_counts=True)
+        self._known: dict[tuple[int, bytes], float] = {}
 
-    def _lines(self, texts: Sequence[tuple[str, str]]) -> list[list[int]]:
-        return [[self._text.begin_id, *ids] for ids in self._text.encode_batch([text for _, text in texts])]
+    def _rows(self, line_T: Tensor) -> Tensor:
+        rows_N: Tensor = self._model.memory.global_rows(line_T[None]).flatten()
+        return rows_N
 
     def reads(self, rows_W: Tensor) -> Tensor:
         """How often each row is read."""
         place_W = torch.searchsorted(self.rows_U, rows_W).clamp_max(len(self.rows_U) - 1)
         return self.times_U[place_W].where(self.rows_U[place_W] == rows_W, 0)
 
-    def bits(self, among: Sequence[int] | None = None) -> float:
-        """Bits in all of the texts numbered `among` (None: of all)."""
-        some = self.texts if among is None else [self.texts[number] for number in among]
-        if not some:
-            return 0.0
-        scored = bits_per_byte(self._model, self._text, some, context=_CONTEXT, stride=_STRIDE)
-        return sum(one.bits for one in scored.per_text)
+    def bits(self, rows_W: Tensor | None = None) -> float:
+        """Bits in all windows that read any of these rows (None: in all); the others cannot feel a change of them."""
+        some = [number for number, rows in enumerate(self._of_window) if rows_W is None or bool(torch.isin(rows, rows_W).any())]
+        keys = [(number, self._digest(self._of_window[number])) for number in some]
+        new = [key for key in keys if key not in self._known]
+        windows = [self._windows[number] for number, _ in new]
+        with torch.no_grad():
+            nats_W = window_nats(self._model, self._lines, windows, self._pad, batch_windows=8, device=torch.device("cpu"))
+        self._known.update(zip(new, (nats_W / math.log(2)).tolist(), strict=True))
+        return sum(self._known[key] for key in keys)
 
-    def reading(self, rows_W: Tensor) -> list[int]:
-        """Numbers of the texts that read any of these rows; the others cannot feel a change of them."""
-        return [number for number, rows in enumerate(self._of_text) if bool(torch.isin(rows, rows_W).any())]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(len(text.encode()) for _, text in self.texts)
+    def _digest(self, rows_U: Tensor) -> bytes:
+        return hashlib.blake2b(self._model.memory.store.read(rows_U).view(torch.uint8).numpy().tobytes(), digest_size=16).digest()
 
 
 class _Earlier:
@@ -122,10 +132,14 @@ class _Earlier:
         """By how many facts each row is read."""
         return sum((torch.isin(rows_W, rows).long() for rows in self._rows), torch.zeros_like(rows_W))
 
-    def recalled(self, rows_W: Tensor) -> list[bool]:
-        """Of the facts that read any of these rows; the others cannot feel a change of them."""
-        some = [line for line, rows in zip(self._lines, self._rows, strict=True) if bool(torch.isin(rows, rows_W).any())]
-        return said(self._model, [line for line, _ in some], [prompt for _, prompt in some], self._pad) if some else []
+    def recalled(self, rows_W: Tensor) -> list[int]:
+        """Numbers of the facts that read any of these rows, and are said."""
+        some = [number for number, rows in enumerate(self._rows) if bool(torch.isin(rows, rows_W).any())]
+        return list(itertools.compress(some, said(self._model, [self._lines[number] for number in some], self._pad) if some else ()))
+
+    def among(self, known: Sequence[int], rows_W: Tensor) -> list[tuple[list[int], int]]:
+        """Lines and prompts of those facts, of the `known`, that read any of these rows; the others cannot feel a change of them."""
+        return [self._lines[number] for number in known if bool(torch.isin(self._rows[number], rows_W).any())]
 
 
 def write_fact(model: Any, text: Any, fact: Fact, held: HeldOut, config: EditConfig, earlier: Sequence[Entry] = ()) -> Attempt:
@@ -139,18 +153,20 @@ def write_fact(model: Any, text: Any, fact: Fact, held: HeldOut, config: EditCon
     first = last = _nats(model, tokens_BT, rows, prompt)
     others = _Earlier(model, text, [entry for entry in earlier if entry.prompt != fact.prompt])
     reads_U, felt, tried = held.reads(rows.rows_U) + others.reads(rows.rows_U), 0.0, -1
+    known = others.recalled(rows.rows_U[places[True]])
     for whole, limit in FREED:
         free_U = places[whole] if limit is None else places[whole] & (reads_U <= limit)
         if int(free_U.sum()) == tried:
             continue  # no more rows than in the step before
-        tried, known = int(free_U.sum()), others.recalled(rows.rows_U[free_U])
-        moved = _descend(model, tokens_BT, rows, prompt, free_U, config)
-        entry = _store(memory, rows.rows_U[free_U], moved.vectors_UE[free_U], fact)
+        tried, free_W = int(free_U.sum()), rows.rows_U[free_U]
+        together = [(line, prompt), *others.among(known, free_W)]
+        before = held.bits(free_W) if limit != 0 else 0.0
+        entry = _store(memory, free_W, _descend(model, together, text.pad_id, free_W, config), fact)
         last = _nats(model, tokens_BT, memory_rows(memory, tokens_BT), prompt)
-        felt = _felt(memory, entry, held) if limit != 0 else 0.0
-        kept = all(now or not before for now, before in zip(others.recalled(entry.rows_W), known, strict=True))
-        if felt <= config.max_bits and kept and said(model, [line], [prompt], text.pad_id)[0]:
-            return Attempt(entry._replace(felt_bits=felt), first, last, felt, limit)
+        if all(said(model, together, text.pad_id)):
+            felt = (held.bits(free_W) - before) / held.num_bytes if limit != 0 else 0.0
+            if felt <= config.max_bits:
+                return Attempt(entry._replace(felt_bits=felt), first, last, felt, limit)
         put_back(memory, entry)
     return Attempt(None, first, last, felt, None)
 
@@ -174,27 +190,37 @@ def _read_at(rows: Rows, positions: range) -> Tensor:
     return mask_U
 
 
-def _descend(model: Any, tokens_BT: Tensor, rows: Rows, prompt: int, free_U: Tensor, config: EditConfig) -> Rows:
-    """Rows, of which the free ones have moved until the answer leads by the margin, or the steps are used up."""
-    leaf_WE = rows.vectors_UE[free_U].detach().float().requires_grad_()
-    optimizer = torch.optim.Adam([leaf_WE], lr=config.lr)
-    places_W = free_U.nonzero()[:, 0]
-    answer_N = tokens_BT[0, prompt:]
-    for _ in range(config.steps if len(places_W) else 0):
-        vectors_UE = rows.vectors_UE.detach().float().index_copy(0, places_W, leaf_WE)
-        logits_NV = model(tokens_BT, rows=rows._replace(vectors_UE=vectors_UE)).logits[0, prompt - 1 : -1].float()
-        if _lead(logits_NV.detach(), answer_N) >= config.margin:
+def _descend(model: Any, lines: Sequence[tuple[list[int], int]], pad: int, free_W: Tensor, config: EditConfig) -> Tensor:
+    """[W, E]: the free rows, moved until the answer of every line leads by the margin, or the steps are used up or would not be enough."""
+    length = max(len(line) for line, _ in lines)
+    tokens_BT = torch.tensor([line + [pad] * (length - len(line)) for line, _ in lines])
+    places = [(row, place) for row, (line, prompt) in enumerate(lines) for place in range(prompt, len(line))]
+    row_N, place_N = torch.tensor(places).T
+    answer_N, rows = tokens_BT[row_N, place_N], memory_rows(model.memory, tokens_BT)
+    free_U = torch.searchsorted(rows.rows_U, free_W)
+    leaf_WE = rows.vectors_UE[free_U].float().requires_grad_()
+    optimizer, lacking = torch.optim.Adam([leaf_WE], lr=config.lr), list[float]()
+    for step in range(config.steps if len(free_W) else 0):
+        vectors_UE = rows.vectors_UE.float().index_copy(0, free_U, leaf_WE)
+        logits_NV = model(tokens_BT, rows=rows._replace(vectors_UE=vectors_UE)).logits[row_N, place_N - 1].float()
+        lacks_N = (config.margin - _leads(logits_NV.detach(), answer_N)).relu()
+        lacking.append(float(lacks_N.sum()))
+        if lacking[-1] == 0 or _is_hopeless(lacking, config.steps - step):
             break
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(logits_NV, answer_N).backward(inputs=[leaf_WE])
+        torch.nn.functional.cross_entropy(logits_NV[lacks_N > 0], answer_N[lacks_N > 0]).backward(inputs=[leaf_WE])
         optimizer.step()
-    return rows._replace(vectors_UE=rows.vectors_UE.detach().index_copy(0, places_W, leaf_WE.detach().to(rows.vectors_UE.dtype)))
+    return leaf_WE.detach()
 
 
-def _lead(logits_NV: Tensor, answer_N: Tensor) -> float:
-    """Smallest distance of an answer's token from the best other one."""
-    right_N = logits_NV.gather(1, answer_N[:, None])[:, 0]
-    return float((right_N - logits_NV.scatter(1, answer_N[:, None], -math.inf).amax(1)).min())
+def _is_hopeless(lacking: Sequence[float], left: int) -> bool:
+    """Whether the steps that are left, each as good as the last ten were on average, would not be enough."""
+    return len(lacking) > 2 * _LOOK and (lacking[-1 - _LOOK] - lacking[-1]) / _LOOK * left < lacking[-1]
+
+
+def _leads(logits_NV: Tensor, answer_N: Tensor) -> Tensor:
+    """[N]: distance of an answer's token from the best other one."""
+    return logits_NV.gather(1, answer_N[:, None])[:, 0] - logits_NV.scatter(1, answer_N[:, None], -math.inf).amax(1)
 
 
 @torch.no_grad()
@@ -220,16 +246,6 @@ def put_again(memory: Memory, entry: Entry) -> None:
     """The rows as this fact left them."""
     slab = memory.store.gather(entry.rows_W)
     memory.store.put(entry.rows_W, slab._replace(vectors_UE=entry.after_WE.clone()))
-
-
-def _felt(memory: Memory, entry: Entry, held: HeldOut) -> float:
-    """Bits per byte that held-out text loses by this fact."""
-    texts = held.reading(entry.rows_W)
-    now = held.bits(texts)
-    put_back(memory, entry)
-    before = held.bits(texts)
-    put_again(memory, entry)
-    return (now - before) / held.num_bytes
 
 
 # --- taking back ------------------------------------------------------------------------------------------------------

@@ -82,8 +82,7 @@ def _share(model: Any, text: Any, prompts: Sequence[str], answers: Sequence[str]
     pairs = [fact_line(text, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
     right = 0
     for first in range(0, len(pairs), BATCH):
-        lines, lengths = zip(*pairs[first : first + BATCH], strict=True)
-        right += sum(said(model, list(lines), list(lengths), text.pad_id))
+        right += sum(said(model, pairs[first : first + BATCH], text.pad_id))
     return right / len(pairs)
 
 

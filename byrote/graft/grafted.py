@@ -7,7 +7,7 @@ apart as transformers keeps them apart: by position ids that begin anew.
 Shapes: B batch, T tokens.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -91,15 +91,18 @@ def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def said(model: Any, lines: list[list[int]], prompts: list[int], pad: int) -> list[bool]:
-    """Whether a model, at its most probable, says the rest of each line after its first `prompts` ids. Its call is that of `Grafted`."""
-    length = max(map(len, lines))
+def said(model: Any, lines: Sequence[tuple[list[int], int]], pad: int) -> list[bool]:
+    """Whether a model, at its most probable, says the rest of each line; a line is (ids, how many of them are prompt).
+
+    Its call is that of `Grafted`.
+    """
+    length = max(len(line) for line, _ in lines)
     tokens_BT = torch.full((len(lines), length), pad)
     document_BT = torch.full((len(lines), length), -1)
-    for row, line in enumerate(lines):
+    for row, (line, _) in enumerate(lines):
         tokens_BT[row, : len(line)] = torch.tensor(line)
         document_BT[row, : len(line)] = 0
     device = model.embed.weight.device
     logits_BTV = model(tokens_BT.to(device), document_BT=document_BT.to(device)).logits
     guess_BT = logits_BTV.argmax(-1).cpu()
-    return [guess_BT[row, prompts[row] - 1 : len(line) - 1].tolist() == line[prompts[row] :] for row, line in enumerate(lines)]
+    return [guess_BT[row, prompt - 1 : len(line) - 1].tolist() == line[prompt:] for row, (line, prompt) in enumerate(lines)]

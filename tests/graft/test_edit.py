@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import byrote
 from byrote.checkpoint.local import save
 from byrote.cli.main import main
 from byrote.errors import CheckpointError, ConfigError
-from byrote.graft import journal
+from byrote.eval.bits import bits_per_byte, window_nats
+from byrote.graft import edit, journal
 from byrote.graft.edit import EditConfig, Entry, HeldOut, forget_fact, put_back, resting_on, write_fact
 from byrote.graft.facts import Fact, recall
 from byrote.graft.journal import EditableRun
@@ -103,14 +105,39 @@ def test_a_fact_is_recalled_after_writing_and_held_out_text_feels_no_more_than_t
         assert felt == 0, "no row that held-out text reads was touched"
 
 
-def test_facts_that_share_n_grams_are_written_beside_one_another_or_not_at_all(model: Model, tokenizer: Tokenizer, held: HeldOut) -> None:
+def test_windows_read_again_only_where_rows_moved_give_the_bits_of_all_text_read_again(
+    model: Model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [(f"held-{number}", animal_text(300 + number, sentences=40)) for number in range(2)]
+    texts.append(("itself", f"{FACTS[0].prompt} copper. " + animal_text(400, sentences=5)))
+    held, batches = HeldOut(model, tokenizer, texts), list[int]()
+
+    def bits() -> float:
+        return sum(one.bits for one in bits_per_byte(model, tokenizer, texts, context=256, stride=128).per_text)
+
+    assert held.bits() == pytest.approx(bits(), abs=1e-3)
+    alone = held.bits()
+    entry = write_fact(model, tokenizer, Fact(FACTS[0].prompt, " copper"), held, replace(CONFIG, max_bits=9.0)).entry
+    assert entry is not None
+
+    def counted(model: Any, lines: Any, windows: Any, pad: int, **options: Any) -> torch.Tensor:
+        batches.append(len(windows))
+        return window_nats(model, lines, windows, pad, **options)
+
+    monkeypatch.setattr(edit, "window_nats", counted)
+    assert held.bits() == pytest.approx(bits(), abs=1e-3) and abs(held.bits() - alone) > 1
+    put_back(model.memory, entry)  # type: ignore[arg-type]
+    assert held.bits() == alone and held.bits(entry.rows_W) < alone
+    assert sum(batches) < len(held._windows), "most windows were known"
+
+
+def test_facts_that_share_n_grams_are_written_beside_one_another(model: Model, tokenizer: Tokenizer, held: HeldOut) -> None:
     alike = [Fact(f"The metal of Za{middle}mir is", f" {metal}") for middle, metal in zip(SYLLABLES[:4], METALS[:4], strict=True)]
     entries, alone = list[Entry](), rows_of(model)
     for fact in alike:
         entry = write_fact(model, tokenizer, fact, held, CONFIG, entries).entry
         entries += [entry] if entry is not None else []
-    kept = [fact for fact in alike if fact.prompt in {entry.prompt for entry in entries}]
-    assert len(kept) > 1 and recall(model, tokenizer, kept).as_written == 1
+    assert len(entries) == len(alike) and recall(model, tokenizer, alike).as_written == 1
     memory: Any = model.memory
     memory.store.vectors_NE.copy_(alone)
     for fact in alike:
