@@ -17,6 +17,7 @@ EXAMPLES = """
 examples:
   byrote extend runs/tiny_cpu --factor 4 --steps 100
   byrote extend runs/needle --factor 4 --steps 200 --out runs/needle-x4 --json
+  byrote extend runs/needle --factor 4 --control                               # what the further training alone brings
 
 The table has a line for each octave of positions, nats a token of the validation texts (a run on synthetic recall alone: a line for each
 length, per cent right), before and after. The needles of the long run: byrote eval OUT --needle.
@@ -31,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="folder made by `byrote train` or `byrote quickstart`")
     parser.add_argument("--factor", type=int, default=4, metavar="N", help="how many times as long, a power of two (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=100, metavar="N", help="steps of training on long rows (default: %(default)s)")
-    parser.add_argument("--out", metavar="DIR", help="folder of the long run (default: RUN-xN)")
+    parser.add_argument("--control", action="store_true", help="train the same steps without YaRN, to tell its gain from the training's")
+    parser.add_argument("--out", metavar="DIR", help="folder of the long run (default: RUN-xN, of a control RUN-xN-control)")
     parser.add_argument("--resume", action="store_true", help="go on with the long run in --out")
     parser.add_argument("--json", action="store_true", help="print the result on stdout as JSON")
 
@@ -43,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
 
     start = args.run.rstrip("/")
     before = _config_of(Path(start))
-    after = extended(before, start, args.factor, args.steps)
-    out = Path(args.out or f"{start}-x{args.factor}")
+    after = extended(before, start, args.factor, args.steps, yarn=not args.control)
+    out = Path(args.out or f"{start}-x{args.factor}{'-control' * args.control}")
     check_folder(out, args.resume)
     measure = _loss if after.data.texts else _recall
     with Progress() as progress:

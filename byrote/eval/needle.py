@@ -111,7 +111,12 @@ def score_cells(
     lm: LanguageModel, source: NeedleSource, cells: Sequence[Cell], *, samples: int | None = None, seed: int = 0,
     done: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[Cell, Score]]:  # fmt: skip
-    """Score cell after cell. `samples`: of each, by default 200 up to 2,048 tokens and 50 above; `done` is told samples done and in all."""
+    """Score cell after cell. `samples`: of each, by default 200 up to 2,048 tokens and 50 above; `done` is told samples done and in all.
+
+    ConfigError where a cell cannot hold its needles, before any is scored.
+    """
+    for cell in cells:
+        source.sample(*cell, f"{seed} {cell} 0")
     counts = [samples or (MANY if cell.length <= MANY_UP_TO else FEW) for cell in cells]
     before, total = 0, sum(counts)
     for cell, count in zip(cells, counts, strict=True):

@@ -5,6 +5,8 @@ little (`model/rope.py`). V3 went from 4K to 32K and to 128K in a thousand steps
 a tenth of the peak rate, falling to nothing. Rows are packed without cutting documents that fit, as a cut costs the very
 context they are long for. V4 has two rotary tables: only that of compressed entries is stretched, without sharpening, and the
 window keeps its own (v4_spec §5: "two RoPE tables").
+
+How much of a gain is YaRN's, and how much the further training's? The control trains the same steps with the frequencies as they were.
 """
 
 from dataclasses import replace
@@ -16,16 +18,19 @@ from byrote.train.run import RunConfig
 RATE = 0.1  # of the peak learning rates
 
 
-def extended(config: RunConfig, start: str, factor: int, steps: int) -> RunConfig:
-    """The run that goes on from the run in folder `start`, whose configuration is `config`, on rows `factor` times as long."""
+def extended(config: RunConfig, start: str, factor: int, steps: int, *, yarn: bool = True) -> RunConfig:
+    """The run that goes on from the run in folder `start`, whose configuration is `config`, on rows `factor` times as long.
+
+    `yarn=False` leaves the rotary frequencies alone: the control.
+    """
     if factor < 2 or factor & (factor - 1):
         raise ConfigError(f"the factor is {factor}; give a power of two, such as 4")
     trained, model, data, optim = config.data.sequence_length, config.model, config.data, config.optim
     kinds = model.attention if isinstance(model.attention, tuple) else (model.attention,)
-    stretched = tuple(_stretched(kind, factor, trained) for kind in kinds)
+    stretched = tuple(_stretched(kind, factor, trained) for kind in kinds) if yarn else kinds
     return replace(
         config,
-        name=f"{config.name}-x{factor}",
+        name=f"{config.name}-x{factor}{'' if yarn else '-control'}",
         model=replace(
             model,
             attention=stretched if isinstance(model.attention, tuple) else stretched[0],

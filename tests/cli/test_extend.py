@@ -51,6 +51,13 @@ def test_a_run_on_recall_is_judged_by_length(capsys, tmp_path):
     assert all(0 <= line[name] <= 100 for line in result["lines"] for name in ("before", "after"))
 
 
+def test_the_control_trains_as_long_with_the_frequencies_as_they_were(texts_run, tmp_path):
+    assert main(["extend", str(texts_run), "--steps", "1", "--control", "--out", str(tmp_path / "long")]) == 0
+    saved = json.loads((tmp_path / "long" / "run.json").read_text())["config"]
+    assert saved["name"].endswith("-x4-control") and saved["data"]["sequence_length"] == 64
+    assert saved["model"]["attention"]["rope"]["yarn"] is None
+
+
 def test_what_is_no_run_is_refused(capsys, tmp_path):
     assert main(["extend", str(tmp_path)]) == 2
     assert "is no run: run.json cannot be read" in capsys.readouterr().err

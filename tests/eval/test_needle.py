@@ -56,6 +56,12 @@ def test_an_answer_counts_only_if_every_token_of_it_is_right():
     assert [count_right(Says([row]), [text]) for row, text in zip(said, texts, strict=True)] == [1, 0, 1, 0]
 
 
+def test_a_length_too_short_for_one_kind_is_refused_before_anything_is_asked():
+    cells = [Cell("single", 512, 0.5), Cell("multi-key", 40, 0.5)]
+    with pytest.raises(ConfigError, match="a length of 40 is too short"):
+        next(score_cells(Says([]), TextNeedles(Reader(2), make_hay(400)), cells, samples=1))
+
+
 def test_a_model_that_looks_the_key_up_finds_needles_and_one_that_sees_too_little_of_it_is_misled():
     """The last two tokens before a number, word and ' is', are those of most distractors; the whole key is nobody else's."""
     source = TextNeedles(Reader(10), make_hay())
