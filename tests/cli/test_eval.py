@@ -25,7 +25,7 @@ def scored(monkeypatch):
         return bits.BitsResult(2.0, [bits.TextBits(name, size, 2.0 * size) for name, size in sizes], tokens=7, seconds=0.5)
 
     monkeypatch.setattr(bits, "bits_per_byte", bits_per_byte)
-    monkeypatch.setitem(vars(byrote), "load", lambda path, device: asked.update(device=device) or (MODEL, TOKENIZER))
+    monkeypatch.setitem(vars(byrote), "load", lambda path, **how: asked.update(how) or (MODEL, TOKENIZER))
     return asked
 
 
@@ -74,7 +74,7 @@ def test_one_file_needs_no_total(capsys, scored, files):
     ],
 )
 def test_what_is_no_text_is_named_before_anything_is_loaded(capsys, monkeypatch, tmp_path, content, expected):
-    monkeypatch.setitem(vars(byrote), "load", lambda path, device: pytest.fail("loaded"))
+    monkeypatch.setitem(vars(byrote), "load", lambda path, **_: pytest.fail("loaded"))
     path = tmp_path / "odd"
     if content == "folder":
         path.mkdir()
