@@ -51,7 +51,7 @@ from byrote.errors import CapacityError, CheckpointError, ConfigError
 from byrote.memory.place import MakeTable
 from byrote.memory.table import DeviceTable
 from byrote.model.config import ModelConfig
-from byrote.model.quantize import check_weights, quantize, refuse_quantized, to_quantize
+from byrote.model.quantize import check_weights, quantize, to_quantize
 from byrote.model.transformer import Model
 from byrote.tokenizer.bpe import Tokenizer
 
@@ -87,7 +87,6 @@ def save(model: Model, path: str | os.PathLike[str], *, tokenizer: Tokenizer | N
     """
     if not isinstance(model, Model):
         raise ConfigError(f"byrote.save needs a byrote.Model, got {type(model).__name__}; of a wrapped model give the one inside")
-    refuse_quantized(model, "saved")
     target = Path(path).expanduser().resolve()
     generations = flush_table(model, training.step if training else None)
     tensors, documents = _tensors(model, training), _documents(model, training)

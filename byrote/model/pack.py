@@ -239,6 +239,7 @@ def own_memory(model: "Model", facts: PackFacts, *, take_off: bool = False) -> P
 
     With `take_off` the model loses it, and `attach` puts it back, bitwise.
     """
+    refuse_quantized(model, "taken apart")
     memory, engram = model.memory, model.config.engram
     if memory is None or engram is None:
         raise MemoryPackError("this model has no memory of its own: it was trained with model.engram none. Attach a pack instead")

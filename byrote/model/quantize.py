@@ -75,17 +75,25 @@ def quantize(model: nn.Module) -> None:
     """Exchange the weights in place, never with two copies of more than one. ConfigError for what cannot be; nothing is changed then."""
     chosen = list(to_quantize(model))
     for name, module in chosen:
-        if not module.is_plain:
-            raise ConfigError(
-                f"{name} has a product of its own ({module.matmul!r}), or int8 weights already; quantize a model as it was loaded"
-            )
-        if module.weight.device.type != "cpu" or not module.weight.isfinite().all():
-            what = f"is on {module.weight.device}" if module.weight.device.type != "cpu" else "holds numbers that are not finite"
-            raise ConfigError(f"{name}.weight {what}; int8 weights are made of finite numbers on the CPU")
+        _check(name, module)
     for _, module in chosen:
         values, scale = int8.quantize(module.weight)
         module.weight = nn.Parameter(values, requires_grad=False)
         module.matmul = Int8Matmul(scale) if isinstance(module, Linear) else GroupedInt8Matmul(scale)
+    model.register_state_dict_pre_hook(_refuse_saving)
+
+
+def _check(name: str, module: Linear | GroupedLinear) -> None:
+    if not module.is_plain:
+        raise ConfigError(f"{name} has a product of its own, {module.matmul!r}: a model is quantized once, as it was loaded")
+    if module.weight.device.type != "cpu":
+        raise ConfigError(f"{name}.weight is on {module.weight.device}; int8 weights are for the CPU: load the model there")
+    if not module.weight.isfinite().all():
+        raise ConfigError(f"{name}.weight holds numbers that are not finite, which int8 has none for; take an earlier checkpoint")
+
+
+def _refuse_saving(model: nn.Module, prefix: str, keep_vars: bool) -> None:
+    refuse_quantized(model, "saved or exported")
 
 
 def refuse_quantized(model: HasParameters, what: str) -> None:
