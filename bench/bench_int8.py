@@ -2,7 +2,8 @@
 
     python -m bench.bench_int8 [--rounds 5]          greedy decode, batch 1, captured, prompt 64 + 64 tokens, on two random models: the
                                                      V3-shaped bench model and the shape of recipe `small` (without its table), in turn
-    python -m bench.bench_int8 --memory              resident bytes that loading adds, each in a process of its own
+    python -m bench.bench_int8 --memory              bytes that loading adds, afterwards and at most (pages of the mapped
+                                                     checkpoint included), and its seconds; each in a process of its own
     python -m bench.bench_int8 --run RUN             bits per byte of a run's validation texts, and what 64 and 32 columns to a scale
                                                      (fake: rounded weights as fp32) would change
 
@@ -42,13 +43,15 @@ SHAPES: dict[str, Callable[[], ModelConfig]] = {
     "bench": bench_config,
     "small": lambda: replace(load_preset("small"), engram=None, mtp=None),
 }
-RESIDENT = """
-import sys, torch, byrote
-def resident():
-    return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1])
-load, before = byrote.load, resident()
-model, _ = load(sys.argv[1], weights=sys.argv[2])
-print(resident() - before)
+LOAD = """
+import json, sys, time, torch, byrote
+import byrote.checkpoint.local
+def resident(what):
+    return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith(what)).split()[1])
+before, start = resident("VmRSS"), time.perf_counter()
+model, _ = byrote.load(sys.argv[1], weights=sys.argv[2])
+seconds = time.perf_counter() - start
+print(json.dumps({"resident": resident("VmRSS") - before, "peak": resident("VmHWM") - before, "seconds": seconds}))
 """
 
 
@@ -88,9 +91,9 @@ def memory(name: str) -> None:
         byrote.save(Model(SHAPES[name]()), f"{folder}/model")
         added = {}
         for weights in ("saved", "int8"):
-            command = [sys.executable, "-c", RESIDENT, f"{folder}/model", weights]
-            added[weights] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    report("int8_memory", {"model": name, "resident_bytes": added, "share": added["int8"] / added["saved"]})
+            command = [sys.executable, "-c", LOAD, f"{folder}/model", weights]
+            added[weights] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    report("int8_memory", {"model": name, "bytes": added, "share": added["int8"]["resident"] / added["saved"]["resident"]})
 
 
 def rounded(weight: Tensor, columns: int | None) -> Tensor:

@@ -52,7 +52,7 @@ from byrote.memory.place import MakeTable
 from byrote.memory.table import DeviceTable
 from byrote.model.config import ModelConfig
 from byrote.model.quantize import check_weights, quantize, to_quantize
-from byrote.model.transformer import Model, build_memory
+from byrote.model.transformer import Model
 from byrote.tokenizer.bpe import Tokenizer
 
 CONFIG, MODEL, TOKENIZER = "config.json", "model.safetensors", "tokenizer"
@@ -278,12 +278,9 @@ def _flat(values: Any, path: str = "model") -> dict[str, Any]:
 
 
 def _blank(config: ModelConfig, make_table: MakeTable | None) -> Model:
-    """A model to load into: parameters without storage, and rows of zeros, which cost nothing until they are read or written."""
+    """A model to load into. Its parameters are unset and its rows zero, which costs nothing; random ones would take minutes."""
     engram = None if config.engram is None else replace(config.engram, table_std=0.0)
-    with torch.device("meta"):
-        model = Model(replace(config, engram=engram))
-    if engram is not None:
-        model.memory = build_memory(engram, config.vocab_size, seed=0, make_table=make_table or DeviceTable)
+    model = Model(replace(config, engram=engram), seed=None, make_table=make_table or DeviceTable)
     model.config = config
     return model
 
