@@ -72,24 +72,23 @@ def to_quantize(model: nn.Module) -> Iterator[tuple[str, Linear | GroupedLinear]
 
 @torch.no_grad()
 def quantize(model: nn.Module) -> None:
-    """Exchange the weights in place, never with two copies of more than one. ConfigError for what cannot be; nothing is changed then."""
-    chosen = list(to_quantize(model))
-    for name, module in chosen:
-        _check(name, module)
-    for _, module in chosen:
-        values, scale = int8.quantize(module.weight)
+    """Exchange the weights in place. ConfigError for what cannot be; nothing is changed then."""
+    found = [(module, _quantized(name, module)) for name, module in to_quantize(model)]
+    for module, (values, scale) in found:
         module.weight = nn.Parameter(values, requires_grad=False)
         module.matmul = Int8Matmul(scale) if isinstance(module, Linear) else GroupedInt8Matmul(scale)
     model.register_state_dict_pre_hook(_refuse_saving)
 
 
-def _check(name: str, module: Linear | GroupedLinear) -> None:
+def _quantized(name: str, module: Linear | GroupedLinear) -> Int8:
     if not module.is_plain:
         raise ConfigError(f"{name} has a product of its own, {module.matmul!r}: a model is quantized once, as it was loaded")
     if module.weight.device.type != "cpu":
         raise ConfigError(f"{name}.weight is on {module.weight.device}; int8 weights are for the CPU: load the model there")
-    if not module.weight.isfinite().all():
-        raise ConfigError(f"{name}.weight holds numbers that are not finite, which int8 has none for; take an earlier checkpoint")
+    try:
+        return int8.quantize(module.weight)
+    except ValueError as error:
+        raise ConfigError(f"{name}.weight cannot be int8: {error}; take an earlier checkpoint") from None
 
 
 def _refuse_saving(model: nn.Module, prefix: str, keep_vars: bool) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-LARGEST = 127  # −128 is left out, so that a weight and its negative are as exact as one another
+LARGEST = 127  # −128 is left out, so that a weight and its negative are as exact as one another; the largest of a row lands on 127
 
 
 class Int8(NamedTuple):
@@ -29,7 +29,7 @@ def quantize(weight_FD: Tensor) -> Int8:
     if not scale_F.isfinite().all():
         raise ValueError("a number is not finite")
     steps_FD = weight_FD / scale_F.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
-    return Int8(steps_FD.round_().clamp_(-LARGEST, LARGEST).to(torch.int8), scale_F)
+    return Int8(steps_FD.round_().to(torch.int8), scale_F)
 
 
 def dequantize(weight: Int8) -> Tensor:
