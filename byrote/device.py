@@ -99,6 +99,12 @@ def keep_freed_memory() -> bool:
     return all((mallopt(_M_MMAP_THRESHOLD, 1 << 30), mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1), mallopt(_M_TOP_PAD, 64 << 20)))
 
 
+def give_back_freed_memory() -> None:
+    """Let glibc's allocator hand to the kernel what this process has freed, also where it was told to keep it."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def machine_facts(device: torch.device | None = None, path: str | os.PathLike[str] = ".") -> dict[str, Any]:
     """What a measured number must carry: processor, cores, RAM and disk in bytes (disk at `path`), versions, device name."""
     device = pick_device("auto") if device is None else device

@@ -46,12 +46,12 @@ from byrote.checkpoint.tables import (
 )
 from byrote.checkpoint.tensors import expect, read_tensors, tensor_bytes, tensor_file
 from byrote.config import from_dict, to_dict
-from byrote.device import check_disk, disk_free, pick_device
+from byrote.device import check_disk, disk_free, give_back_freed_memory, pick_device
 from byrote.errors import CapacityError, CheckpointError, ConfigError
 from byrote.memory.place import MakeTable
 from byrote.memory.table import DeviceTable
 from byrote.model.config import ModelConfig
-from byrote.model.init import without_storage
+from byrote.model.quantize import check_weights, quantize, to_quantize
 from byrote.model.transformer import Model
 from byrote.tokenizer.bpe import Tokenizer
 
@@ -110,29 +110,39 @@ def load(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    weights: str = "saved",
     verify: bool = True,
     packs: bool = True,
 ) -> Loaded:
     """The model of a checkpoint, or of a run's newest one, in evaluation mode, and its tokenizer (None if it has none).
 
     `dtype` is for matrices, embedding and head; norms, mixing, routers, buffers and table rows keep at least the precision they were
-    saved in. `verify=False` skips the checksums (names and sizes are checked always). With `packs` those that `byrote memory attach`
-    noted down for the run are put on. Raises CheckpointError, ConfigError (device), MemoryPackError.
+    saved in. `weights="int8"`: matrices as int8, to be served on the CPU, the rest in fp32 (`model/quantize.py`). `verify=False` skips the
+    checksums (names and sizes are checked always). With `packs` those that `byrote memory attach` noted down for the run are put on. Raises
+    CheckpointError, ConfigError (device, weights), MemoryPackError.
     """
+    device = check_weights(weights, device)
     device = pick_device(device) if isinstance(device, str) else device
     folder = _open(path, verify)
     model = _blank(read_config(folder), saved_table(folder))
     if model.memory is not None:
         read_table(model, folder)
-    weights = read_tensors(folder / MODEL)
-    expect(weights, _state(model), str(folder / MODEL), same_dtype=False)
-    dtypes = _dtypes(model, weights, dtype)
-    model.load_state_dict({name: saved.to(device, dtypes[name], copy=True) for name, saved in weights.items()}, assign=True)
+    tensors = read_tensors(folder / MODEL)
+    expect(tensors, _state(model), str(folder / MODEL), same_dtype=False)
+    is_int8 = weights == "int8"
+    dtypes = _dtypes(model, tensors, dtype or torch.float32 if is_int8 else dtype)
+    mapped = {f"{name}.weight" for name, _ in to_quantize(model)} if is_int8 else set()  # read once, by `quantize`
+    parts = {name: saved if name in mapped else saved.to(device, dtypes[name], copy=True) for name, saved in tensors.items()}
+    model.load_state_dict(parts, assign=True)
     if model.memory is not None:
         model.memory.to(device)
     tokenizer = Tokenizer.load(folder / TOKENIZER) if (folder / TOKENIZER).is_dir() else None
     if packs:
         attach_noted(model, path, attached_packs(path), tokenizer=None if tokenizer is None else tokenizer.fingerprint())
+    if is_int8:
+        quantize(model)
+        del tensors, parts
+        give_back_freed_memory()
     return Loaded(model.eval(), tokenizer)
 
 
@@ -269,15 +279,9 @@ def _flat(values: Any, path: str = "model") -> dict[str, Any]:
 
 
 def _blank(config: ModelConfig, make_table: MakeTable | None) -> Model:
-    """A model to load into. Its rows are zero, which costs nothing; random ones would take minutes for a large table.
-
-    Without memory it is without storage, which all comes from the file. The maps of a hash have values of their own.
-    """
-    if config.engram is None:
-        with without_storage():
-            return Model(config)
-    engram = replace(config.engram, table_std=0.0)
-    model = Model(replace(config, engram=engram), make_table=make_table or DeviceTable)
+    """A model to load into. Its parameters are unset and its rows zero, which costs nothing; random ones would take minutes."""
+    engram = None if config.engram is None else replace(config.engram, table_std=0.0)
+    model = Model(replace(config, engram=engram), seed=None, make_table=make_table or DeviceTable)
     model.config = config
     return model
 

@@ -282,7 +282,7 @@ def note_for(path: str | os.PathLike[str], pack: str | os.PathLike[str], name: s
 
 def attach_noted(model: Model, path: str | os.PathLike[str], noted: AttachedPacks, *, tokenizer: str | None = None) -> None:
     """Put on what is noted down for the run. Raises MemoryPackError if a pack is gone, is another one now, or does not fit."""
-    device = model.head.weight.device
+    device = model.embed.weight.device
     if not noted.own and model.memory is not None:
         own_memory(model, PackFacts(name="own", tokenizer="", base=""), take_off=True)
     for entry in noted.packs:

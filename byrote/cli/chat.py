@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from byrote.cli.loading import add_weights
+
 if TYPE_CHECKING:
     from byrote.engine.llm import LLM
     from byrote.engine.request import SamplingParams
@@ -36,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed and messages give the same answers (default: a new one)")
     parser.add_argument("--memory", metavar="[NAME=]PACK", help="a memory pack to talk with")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
+    add_weights(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     seed = secrets.randbits(32) if args.seed is None else args.seed
     params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, seed=seed)
-    llm = LLM(args.run, device=args.device)
+    llm = LLM(args.run, device=args.device, weights=args.weights)
     if llm.tokenizer is None:
         raise RequestError(f"{args.run} holds a model without a tokenizer, and text needs one; save it again with its tokenizer")
     template = ChatTemplate.of(llm.tokenizer)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from byrote.cli import needle
+from byrote.cli.loading import add_weights
 from byrote.console import Progress, format_bytes, format_count, format_duration, print_table
 from byrote.errors import ConfigError, DataError
 
@@ -19,11 +20,13 @@ EXAMPLES = """
 examples:
   byrote eval runs/tiny_cpu --bits README.md src/*.py
   byrote eval runs/tiny_cpu --bits book.txt --context 2048 --stride 512 --json
+  byrote eval runs/tiny_cpu --bits README.md --weights int8
   byrote eval runs/tiny_cpu --needle --kinds single,distractor --lengths 256,512
   byrote eval --hf FOLDER --needle --hay essays.txt --lengths 1024,4096 --samples 100
 
 Bits per byte is comparable across tokenizers and with compressors; less is better. Every file is scored as one document, in
-windows of --context tokens that move on by --stride. The total of xz is that of the files one after the other.
+windows of --context tokens that move on by --stride. The total of xz is that of the files one after the other. With --weights int8 the
+same is scored twice, as saved and with the weights that `--weights int8` serves: what these lose.
 
 A needle test hides statements in hay and asks for them at the end; an answer counts if every token of it is right under greedy
 decoding. Cells that are finished are kept in --out, and the same command goes on behind them.
@@ -39,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, default=1024, metavar="TOKENS", help="tokens a window sees (default: %(default)s)")
     parser.add_argument("--stride", type=int, default=512, metavar="TOKENS", help="new tokens scored in each window (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
+    add_weights(parser)
     parser.add_argument("--json", action="store_true", help="print the result on stdout as JSON")
     needle.add_arguments(parser)
 
@@ -50,13 +54,24 @@ def run(args: argparse.Namespace) -> int:
         return needle.run(args)
     if args.hf is not None:
         raise ConfigError("--bits needs a run; --hf goes with --needle")
+    texts = read_texts(args.bits)
+    result = _result(args, texts, _score(args, texts, "saved"))
+    if args.weights != "saved":
+        _add_other(result, args.weights, _score(args, texts, args.weights))
+    if args.json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+    else:
+        _print(result)
+    return 0
+
+
+def _score(args: argparse.Namespace, texts: list[tuple[str, str]], weights: str) -> "BitsResult":
     from byrote.cli.loading import load_for_text
     from byrote.eval.bits import bits_per_byte
 
-    texts = read_texts(args.bits)
-    model, tokenizer = load_for_text(args.run, args.device)
+    model, tokenizer = load_for_text(args.run, args.device, weights)
     with Progress("scoring") as live:
-        scored = bits_per_byte(
+        return bits_per_byte(
             model,
             tokenizer,
             texts,
@@ -64,12 +79,13 @@ def run(args: argparse.Namespace) -> int:
             stride=args.stride,
             progress=lambda done, total: live.update(f"window {done} of {total}"),
         )
-    result = _result(args, texts, scored)
-    if args.json:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
-    else:
-        _print(result)
-    return 0
+
+
+def _add_other(result: dict[str, Any], weights: str, scored: "BitsResult") -> None:
+    """What the same texts cost with other weights, in every row: `int8_bits_per_byte`, and `int8_loss`, the difference."""
+    each = [one.bits / one.num_bytes for one in scored.per_text]
+    for row, bits in zip([*result["files"], result["total"]], [*each, scored.bits_per_byte], strict=True):
+        row |= {f"{weights}_bits_per_byte": bits, f"{weights}_loss": bits - row["bits_per_byte"]}
 
 
 def _result(args: argparse.Namespace, texts: list[tuple[str, str]], scored: "BitsResult") -> dict[str, Any]:
@@ -91,11 +107,15 @@ def _row(name: str, num_bytes: int, bits: float, xz: float) -> dict[str, Any]:
 
 def _print(result: dict[str, Any]) -> None:
     rows = result["files"] + ([result["total"]] if len(result["files"]) > 1 else [])
-    cells = [
+    cells: list[tuple[str, ...]] = [
         (row["name"], format_bytes(row["bytes"]), f"{row['bits_per_byte']:.4f}", f"{row['xz_bits_per_byte']:.4f}", f"{row['ratio']:.3f}")
         for row in rows
     ]
-    print_table(cells, ("file", "size", "bits per byte", "xz -9", "ratio"))
+    head: tuple[str, ...] = ("file", "size", "bits per byte", "xz -9", "ratio")
+    if "int8_loss" in result["total"]:
+        cells = [(*cell, f"{row['int8_bits_per_byte']:.4f}", f"{row['int8_loss']:+.4f}") for cell, row in zip(cells, rows, strict=True)]
+        head = (*head, "with int8", "lost")
+    print_table(cells, head)
     print(
         f"\n{result['run']} (one run, so one seed): {format_count(result['tokens'])} tokens in {format_duration(result['seconds'])}, "
         f"context {result['context']}, stride {result['stride']}"

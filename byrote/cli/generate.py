@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from byrote.cli.loading import add_weights
+
 HELP = "continue a prompt with a trained run"
 
 EXAMPLES = """
@@ -45,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-stream", action="store_true", help="print the text when it is complete")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
+    add_weights(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object when the text is complete")
 
 
@@ -63,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         stop=tuple(args.stop),
     )
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    model, tokenizer = load_for_text(args.run, args.device)
+    model, tokenizer = load_for_text(args.run, args.device, args.weights)
     ids = prompt_ids(tokenizer, prompt)
     _warn_if_long(len(ids) + params.max_tokens, model.config.max_positions)
     step, why_not = capture_or_model(model)

@@ -81,7 +81,7 @@ def _run(args: argparse.Namespace) -> Subject:
     folder, recall = Path(args.run), _recall_of(Path(args.run))
     hay = args.hay or (CORPUS if recall is None else RECALL)
     text = None if hay == RECALL else _corpus(folder) if hay == CORPUS else _text(hay)  # before the model: it may be missing
-    model, tokenizer = load_for_text(args.run, args.device)
+    model, tokenizer = load_for_text(args.run, args.device, args.weights)
     lm = ByroteLM(args.run, model, tokenizer)
     checkpoint = find_checkpoint(args.run)
     out = Path(args.out or folder / "needle")

@@ -4,6 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
+from byrote.cli.loading import add_weights
 from byrote.errors import ConfigError
 
 HELP = "serve a run: OpenAI-compatible HTTP API and a chat page"
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-key-file", metavar="FILE", help="one key a line; or set BYROTE_API_KEY")
     parser.add_argument("--open-to-all", action="store_true", help="listen elsewhere than on this machine without a key")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
+    add_weights(parser)
     parser.add_argument("--max-batch", type=int, default=16, metavar="N", help="sequences decoded at once (default: %(default)s)")
     parser.add_argument(
         "--cache-tokens", type=int, default=65_536, metavar="N", help="tokens that all caches hold together (default: %(default)s)"
@@ -60,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
         run=args.run,
         name=args.name or Path(args.run).resolve().name,
         device=args.device,
+        weights=args.weights,
         memories=tuple(_named(given) for given in args.memory),
         host=args.host,
         port=args.port,

@@ -38,11 +38,21 @@ class Completion:
 
 
 class LLM:
-    """The newest checkpoint of a run, or one checkpoint. A prompt is the beginning of a document, or token ids as they are."""
+    """The newest checkpoint of a run, or one checkpoint. A prompt is the beginning of a document, or token ids as they are.
 
-    def __init__(self, path: str | os.PathLike[str], *, device: str | torch.device = "auto", config: EngineConfig | None = None) -> None:
+    `weights`: "saved", or "int8" to serve on the CPU from a quarter of the memory, as `byrote.load` says.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        device: str | torch.device = "auto",
+        weights: str = "saved",
+        config: EngineConfig | None = None,
+    ) -> None:
         keep_freed_memory()
-        self.model, self.tokenizer = load(path, device=device)
+        self.model, self.tokenizer = load(path, device=device, weights=weights)
         self.engine = Engine(self.model, self.tokenizer, config, name=str(path))
         self._inbox: dict[str, deque[Event]] = {}  # request → events nobody has taken yet
         self._open: dict[str, int] = {}  # request → choices that have not ended

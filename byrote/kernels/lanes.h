@@ -6,7 +6,7 @@
 #pragma once
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -55,6 +55,20 @@ INLINE lanes widen(short_lanes h) {
     return (lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(packed), 16);
 #else
     return (lanes)(__builtin_convertvector(h, bit_lanes) << 16);
+#endif
+}
+
+/* LANES whole numbers of a byte. */
+INLINE lanes widen_bytes(const int8_t *from) {
+#if defined(__AVX512F__)
+    return (lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
+#elif defined(__AVX2__)
+    return (lanes)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)));
+#else
+    typedef int8_t byte_lanes __attribute__((vector_size(LANES)));
+    byte_lanes v;
+    memcpy(&v, from, sizeof v);
+    return __builtin_convertvector(__builtin_convertvector(v, signed_lanes), lanes);
 #endif
 }
 

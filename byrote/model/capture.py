@@ -68,7 +68,7 @@ class Captured:
     @property
     def weight_bytes(self) -> int:
         """What one token reads of weights; no step is faster than memory gives them."""
-        return 4 * self._tape.active_numbers
+        return self._tape.active_bytes
 
     def __call__(
         self,

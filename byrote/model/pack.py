@@ -25,6 +25,7 @@ from byrote.memory.table import TableStore
 from byrote.model.config import EngramConfig
 from byrote.model.engram import Engram
 from byrote.model.init import initialise
+from byrote.model.quantize import refuse_quantized
 
 if TYPE_CHECKING:
     from byrote.model.transformer import Model
@@ -238,6 +239,7 @@ def own_memory(model: "Model", facts: PackFacts, *, take_off: bool = False) -> P
 
     With `take_off` the model loses it, and `attach` puts it back, bitwise.
     """
+    refuse_quantized(model, "taken apart")
     memory, engram = model.memory, model.config.engram
     if memory is None or engram is None:
         raise MemoryPackError("this model has no memory of its own: it was trained with model.engram none. Attach a pack instead")
@@ -280,6 +282,8 @@ def check_fits(
 
 def _check(model: "Model", pack: Pack, tokenizer: str | None, any_base: bool) -> None:
     c = model.config
+    if not any_base:
+        refuse_quantized(model, "compared with the base of a pack")
     base = None if any_base else base_fingerprint(model)
     shape = {"dim": c.dim, "streams": c.residual.streams, "num_layers": c.num_layers, "vocab_size": c.vocab_size}
     check_fits(pack, **shape, tokenizer=tokenizer, base=base)
@@ -293,5 +297,5 @@ def _free_name(model: "Model", pack: Pack, name: str | None, leaving: str | None
 
 
 def _moved(model: "Model", pack: Pack) -> Pack:
-    weight = model.head.weight
+    weight = model.embed.weight
     return pack.to(weight.device, weight.dtype)

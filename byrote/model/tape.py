@@ -1,7 +1,8 @@
 """From a model to the tape of its decoding step: every module appends the operations that stand for it.
 
-A module of another type than the ones below, an injected product, a hook, weights that are not dense fp32 in the memory of this
-machine: each is a ConfigError that names it. Buffers between operations are allocated here, once, for MOST_ROWS rows.
+A module of another type than the ones below, an injected product (but that of int8 weights), a hook, weights that are not dense fp32 or
+int8 in the memory of this machine: each is a ConfigError that names it. Buffers between operations are allocated here, once, for
+MOST_ROWS rows.
 
 Shapes: M rows = batch · tokens, D model, R streams, H heads, C latent, K rotary, N no-position and V value width, E experts, F width.
 """
@@ -29,8 +30,11 @@ from byrote.model.linear import GroupedLinear, Linear
 from byrote.model.mla import MLA
 from byrote.model.moe import Experts, FeedForward, LocalSort, MoE
 from byrote.model.norm import RMSNorm
+from byrote.model.quantize import GroupedInt8Matmul, Int8Matmul
 from byrote.model.tape_sparse import SparseLatents, WindowBlock, latents_of, size_latents, with_room
 from byrote.model.transformer import Model
+
+_SHORT = {torch.float32: "fp32", torch.int8: "int8"}
 
 
 def write_tape(model: Model) -> "Tape":
@@ -73,10 +77,14 @@ def _expect(module: nn.Module, kind: type[nn.Module]) -> None:
         _refuse(f"a {kind.__name__}", type(module).__name__, "a tape knows byrote's own modules alone")
 
 
-def _check_linear(layer: Linear) -> None:
-    _expect(layer, Linear)
+def _check_linear(layer: Linear | GroupedLinear, kind: type[Linear] | type[GroupedLinear] = Linear) -> Tensor | None:
+    """The scales of a layer with int8 weights, None of a plain one; any other is refused."""
+    _expect(layer, kind)
+    if isinstance(layer.matmul, Int8Matmul | GroupedInt8Matmul):
+        return layer.matmul.scale_F
     if not layer.is_plain:
-        _refuse("Linear.matmul", repr(layer.matmul), "a tape has PyTorch's product alone")
+        _refuse(f"{kind.__name__}.matmul", repr(layer.matmul), "a tape has the plain product, and that of int8 weights")
+    return None
 
 
 class _Writer:
@@ -86,7 +94,7 @@ class _Writer:
         self.config, self._model = model.config, model
         self.ops: list[cpu.Op] = []
         self.held: list[Tensor] = []
-        self.longest_row = self.active_numbers = 0  # widest row that is normed; weights that one row reads
+        self.longest_row = self.active_numbers = self.active_bytes = 0  # widest row that is normed; weights that one row reads
         self.sparse: dict[int, SparseLatents | WindowBlock] = {}  # blocks that prepare their own caches
         self._buffers: dict[str, Tensor] = {}
         self._made: dict[Hashable, Any] = {}
@@ -109,12 +117,12 @@ class _Writer:
 
     expect = staticmethod(_expect)
 
-    def weight(self, tensor: Tensor) -> int:
+    def weight(self, tensor: Tensor, dtype: torch.dtype = torch.float32) -> int:
         """Its address; the tape keeps it alive."""
-        if not (tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous()):
+        if not (tensor.device.type == "cpu" and tensor.dtype == dtype and tensor.is_contiguous()):
             name = next((name for name, part in self._model.named_parameters() if part is tensor), "a weight")
             gaps = "" if tensor.is_contiguous() else " with gaps"
-            _refuse(name, f"{tensor.dtype} on {tensor.device}{gaps}", "a tape reads dense fp32 on the CPU")
+            _refuse(name, f"{tensor.dtype} on {tensor.device}{gaps}", f"a tape reads dense {_SHORT[dtype]} on the CPU")
         self.held.append(tensor.detach())  # its memory stays, whatever becomes of the parameter
         return tensor.data_ptr()
 
@@ -125,6 +133,7 @@ class _Writer:
         x: Tensor | None = None,
         y: Tensor | None = None,
         w: Sequence[Tensor | None] = (),
+        scale: Tensor | None = None,
         sync: bool = True,
         index: int = 0,
         width: int = 0,
@@ -132,9 +141,13 @@ class _Writer:
         flags: int = 0,
         eps: float = 0.0,
     ) -> None:
-        """Append one; fields and their meaning: kernels/decode_step."""
+        """Append one; fields and their meaning: kernels/decode_step. With `scale`, of the int8 weight w[0], which becomes w[2]."""
         entry = cpu.Op(code, sync, index, width, outputs, flags, eps, x=native.address(x), y=native.address(y))
-        entry.w[: len(w)] = [None if tensor is None else self.weight(tensor) for tensor in w]
+        for place, tensor in enumerate(w):
+            if tensor is not None:
+                entry.w[place] = self.weight(tensor, torch.int8 if place == 0 and scale is not None else torch.float32)
+        if scale is not None:
+            entry.w[2] = self.weight(scale)
         self.longest_row = max(self.longest_row, width)
         self.ops.append(entry)
 
@@ -149,8 +162,8 @@ class _Writer:
         sync: bool = True,
         index: int = 0,
     ) -> None:
-        _check_linear(layer)
-        self.product(x, layer.weight, y, norm=norm, flags=flags, sync=sync, index=index)
+        scale = _check_linear(layer)
+        self.product(x, layer.weight, y, scale=scale, norm=norm, flags=flags, sync=sync, index=index)
 
     def product(
         self,
@@ -158,21 +171,40 @@ class _Writer:
         weight_FD: Tensor,
         y: Tensor | None,
         *,
+        scale: Tensor | None = None,
         norm: RMSNorm | None = None,
         flags: int = 0,
         sync: bool = True,
         index: int = 0,
         eps: float = 0.0,
     ) -> None:
-        """y = x Wᵀ, of the normed x where there is a norm."""
+        """y = x Wᵀ, of the normed x where there is a norm; with `scale` W is int8."""
         gain = None
         if norm is not None:
             _expect(norm, RMSNorm)
             flags, gain, eps = flags | Flag.NORMED, norm.weight, norm.eps
         outputs, width = weight_FD.shape
-        self.active_numbers += weight_FD.numel()
+        self.reads(weight_FD, scale)
         outputs = outputs // 2 if flags & Flag.GATES else outputs
-        self.op(Code.LINEAR, x=x, y=y, w=(weight_FD, gain), sync=sync, index=index, width=width, outputs=outputs, flags=flags, eps=eps)
+        self.op(
+            Code.LINEAR,
+            x=x,
+            y=y,
+            w=(weight_FD, gain),
+            scale=scale,
+            sync=sync,
+            index=index,
+            width=width,
+            outputs=outputs,
+            flags=flags,
+            eps=eps,
+        )
+
+    def reads(self, *tensors: Tensor | None, share: float = 1.0) -> None:
+        """Count what one row reads of weights."""
+        for tensor in (tensor for tensor in tensors if tensor is not None):
+            self.active_numbers += round(share * tensor.numel())
+            self.active_bytes += round(share * tensor.numel()) * tensor.element_size()
 
     # ── the model, top to bottom ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -298,21 +330,17 @@ class _Writer:
         self.op(Code.ROUTE, x=logits, w=(moe.bias,), sync=False)
         if moe.table_VK is not None:
             self.ops[-1].w[1] = self.table(moe.table_VK, c.num_experts)
-        up, down = moe.experts.gate_up.weight, moe.experts.down.weight
-        self.op(Code.EXPERTS_UP, x=x, y=hidden, w=(up, norm.weight), width=self.config.dim, eps=norm.eps)
+        up, down = ((part.weight, _check_linear(part, GroupedLinear)) for part in (moe.experts.gate_up, moe.experts.down))
+        self.op(Code.EXPERTS_UP, x=x, y=hidden, w=(up[0], norm.weight), scale=up[1], width=self.config.dim, eps=norm.eps)
         if moe.shared is not None:
             self.linear(between, moe.shared.down, out, flags=flags, sync=False)
             flags = Flag.ADDS
-        self.op(Code.EXPERTS_DOWN, x=hidden, y=out, w=(down,), outputs=self.config.dim, flags=flags)
-        self.active_numbers += (up.numel() + down.numel()) // c.num_experts * c.top_k
+        self.op(Code.EXPERTS_DOWN, x=hidden, y=out, w=(down[0],), scale=down[1], outputs=self.config.dim, flags=flags)
+        self.reads(*up, *down, share=c.top_k / c.num_experts)
 
     def check_experts(self, moe: MoE) -> MoEConfig:
         _expect(moe, MoE)
         _expect(moe.experts, Experts)
-        for part in (moe.experts.gate_up, moe.experts.down):
-            _expect(part, GroupedLinear)
-            if not part.is_plain:
-                _refuse("GroupedLinear.matmul", repr(part.matmul), "a tape has the plain product alone")
         if type(moe.dispatcher) is not LocalSort:
             _refuse("MoE.dispatcher", type(moe.dispatcher).__name__, "a tape has all experts at hand")
         return moe.config
@@ -333,7 +361,8 @@ class Tape:
     """Operations, what they point to, and the call that runs them."""
 
     def __init__(self, model: Model, writer: _Writer) -> None:
-        self._config, self._held, self.active_numbers = model.config, writer, writer.active_numbers
+        self._config, self._held = model.config, writer
+        self.active_numbers, self.active_bytes = writer.active_numbers, writer.active_bytes
         self._sizes, self._sparse = _sizes(model.config, writer), writer.sparse
         self._ops = cpu.tape_of(writer.ops)
         self._own_numbers = cpu.own_numbers(writer.longest_row, model.config.moe.top_k if model.config.moe else 0)

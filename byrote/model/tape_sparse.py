@@ -229,7 +229,7 @@ class WindowBlock:
         between = writer.buffer("grouped", c.o_groups * c.o_lora_rank)
         weight = attn.o_a.weight
         writer.op(Code.GROUPED, x=heads, y=between, w=(weight,), index=c.o_groups, width=weight.shape[1], outputs=c.o_lora_rank)
-        writer.active_numbers += weight.numel()
+        writer.reads(weight)
         writer.linear(between, attn.o_b, out, flags=flags)
 
     def prepare(self, cache: Any, batch: Batch) -> Kept:

@@ -49,9 +49,9 @@ class Output(NamedTuple):
 
 
 class Model(nn.Module):
-    """See `docs/architecture.md`, life of a batch. `seed` fixes every initial number, the table's included."""
+    """See `docs/architecture.md`, life of a batch. `seed` fixes every initial number, the table's included; None sets none."""
 
-    def __init__(self, config: ModelConfig, *, seed: int = 0, table_state_dim: int = 1, make_table: MakeTable = DeviceTable) -> None:
+    def __init__(self, config: ModelConfig, *, seed: int | None = 0, table_state_dim: int = 1, make_table: MakeTable = DeviceTable) -> None:
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.dim)
@@ -60,8 +60,11 @@ class Model(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = Linear(config.dim, config.vocab_size)
         self.mtp = nn.ModuleList(MTPModule(config, depth) for depth in range(config.mtp.depth if config.mtp else 0))
-        initialise(self, config.init_std, seed)
-        self.memory = None if config.engram is None else build_memory(config.engram, config.vocab_size, seed, table_state_dim, make_table)
+        if seed is not None:
+            initialise(self, config.init_std, seed)
+        self.memory = (
+            None if config.engram is None else build_memory(config.engram, config.vocab_size, seed or 0, table_state_dim, make_table)
+        )
         self.packs: dict[str, Pack] = {}  # memories put on from outside, in their order: `model/pack.py`
 
     # ── forward ────────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from byrote.errors import CheckpointError, ConfigError
+from byrote.model.quantize import refuse_quantized
 from byrote.optim.muon import Muon, Split
 
 _MATRIX_SPLITS: dict[str, Split] = {
@@ -72,6 +73,7 @@ def treatment(role: str) -> Treatment:
 
 def build_optimizers(model: HasRoles, optim: Any) -> "Optimizers":
     """Every trainable parameter of `model` in exactly one optimizer. Learning rates are the peaks until `set_lr`."""
+    refuse_quantized(model, "trained")
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
     roles = model.param_roles()
     missing = [name for name in params if name not in roles]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from byrote.engine.engine import EngineConfig
 from byrote.errors import ConfigError
+from byrote.model.quantize import check_weights
 
 SHORTEST_KEY = 16  # characters
 
@@ -30,6 +31,7 @@ class ServeConfig:
     run: str  # folder of the model
     name: str  # what clients call it
     device: str = "auto"
+    weights: str = "saved"  # or "int8", on the CPU
     memories: tuple[tuple[str, str], ...] = ()  # (name, folder) of the packs that requests may ask for
     host: str = "127.0.0.1"
     port: int = 8000
@@ -54,6 +56,7 @@ class ServeConfig:
                 f"--host {self.host} lets other machines in, and no API key is set: give --api-key-file FILE (or BYROTE_API_KEY), "
                 "or say --open-to-all if everybody who can reach this port may use it"
             )
+        check_weights(self.weights, self.device)
         self._check_memories()
 
     def _check_memories(self) -> None:

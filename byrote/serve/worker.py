@@ -140,7 +140,7 @@ def main() -> None:
 def _engine(config: ServeConfig) -> Engine:
     from byrote.checkpoint.local import load
 
-    model, tokenizer = load(config.run, device=config.device)
+    model, tokenizer = load(config.run, device=config.device, weights=config.weights)
     return Engine(model.eval(), tokenizer, config.engine, name=config.name)
 
 

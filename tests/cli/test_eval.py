@@ -25,7 +25,7 @@ def scored(monkeypatch):
         return bits.BitsResult(2.0, [bits.TextBits(name, size, 2.0 * size) for name, size in sizes], tokens=7, seconds=0.5)
 
     monkeypatch.setattr(bits, "bits_per_byte", bits_per_byte)
-    monkeypatch.setitem(vars(byrote), "load", lambda path, device: asked.update(device=device) or (MODEL, TOKENIZER))
+    monkeypatch.setitem(vars(byrote), "load", lambda path, **how: asked.update(how) or (MODEL, TOKENIZER))
     return asked
 
 
@@ -74,7 +74,7 @@ def test_one_file_needs_no_total(capsys, scored, files):
     ],
 )
 def test_what_is_no_text_is_named_before_anything_is_loaded(capsys, monkeypatch, tmp_path, content, expected):
-    monkeypatch.setitem(vars(byrote), "load", lambda path, device: pytest.fail("loaded"))
+    monkeypatch.setitem(vars(byrote), "load", lambda path, **_: pytest.fail("loaded"))
     path = tmp_path / "odd"
     if content == "folder":
         path.mkdir()
@@ -84,3 +84,26 @@ def test_what_is_no_text_is_named_before_anything_is_loaded(capsys, monkeypatch,
     message = capsys.readouterr().err
     assert str(path) in message
     assert expected in message
+
+
+def test_with_int8_the_loss_stands_beside_what_the_saved_weights_need(capsys, scored, monkeypatch, files):
+    plain, asked = bits.bits_per_byte, []
+    monkeypatch.setitem(vars(byrote), "load", lambda path, device, weights: asked.append(weights) or (MODEL, TOKENIZER))
+
+    def dearer(*given, **options):
+        found = plain(*given, **options)
+        more = 0.25 * (len(asked) - 1)
+        return found._replace(
+            bits_per_byte=2 + more, per_text=[one._replace(bits=one.bits + more * one.num_bytes) for one in found.per_text]
+        )
+
+    monkeypatch.setattr(bits, "bits_per_byte", dearer)
+    assert main(["eval", "runs/x", "--bits", *files, "--weights", "int8", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert asked == ["saved", "int8"]
+    for row in (*result["files"], result["total"]):
+        assert (row["bits_per_byte"], row["int8_bits_per_byte"], row["int8_loss"]) == (2.0, 2.25, 0.25)
+    asked.clear()
+    main(["eval", "runs/x", "--bits", *files, "--weights", "int8"])
+    shown = capsys.readouterr().out
+    assert "with int8" in shown and "+0.2500" in shown

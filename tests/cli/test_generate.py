@@ -42,7 +42,7 @@ TOKENIZER = SimpleNamespace(
 @pytest.fixture
 def model(monkeypatch):
     speaker = Speaker()
-    monkeypatch.setitem(vars(byrote), "load", lambda path, device: (speaker, TOKENIZER))
+    monkeypatch.setitem(vars(byrote), "load", lambda path, **_: (speaker, TOKENIZER))
     return speaker
 
 
@@ -99,13 +99,13 @@ def test_text_beyond_the_positions_of_the_model_is_announced(capsys, model):
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_loaded(capsys, monkeypatch, argv, expected):
-    monkeypatch.setitem(vars(byrote), "load", lambda path, device: pytest.fail("loaded"))
+    monkeypatch.setitem(vars(byrote), "load", lambda path, **_: pytest.fail("loaded"))
     assert main(["generate", *argv]) == 2
     assert expected in capsys.readouterr().err
 
 
 def test_a_model_without_a_tokenizer_is_refused_with_what_to_do(capsys, monkeypatch):
-    monkeypatch.setitem(vars(byrote), "load", lambda path, device: (Speaker(), None))
+    monkeypatch.setitem(vars(byrote), "load", lambda path, **_: (Speaker(), None))
     assert main(["generate", "runs/x", "p"]) == 2
     assert "runs/x holds a model without a tokenizer" in capsys.readouterr().err
 

@@ -1,7 +1,8 @@
 /* One decoding step of a whole model: a tape of operations, walked by a team of threads from token ids to logits.
 
    byrote/model/capture.py writes the tape; weights, caches and tables are read where PyTorch keeps them. Rows are batch x tokens, a
-   few at a time, everything is fp32. What each operation reads and writes stands with it. */
+   few at a time, everything is fp32
+   but weights that may be int8. What each operation reads and writes stands with it. */
 
 #include "decode_step/attend.h"
 #include "decode_step/experts.h"
@@ -14,11 +15,12 @@ enum { INDEX_SCORE = MEMORY + 1, INDEX_CHOOSE, INDEX_KEEP, ATTEND_CHOICE, WINDOW
 enum { IS_NORMED = 1, ADDS = 2, GATES = 4, FROM_MEMORY = 8 }; /* flags of LINEAR */
 
 /* y [rows][outputs] = x W', or added to it; GATES: of twice as many outputs, y = silu(gate) * linear part. x NULL: the final
-   hidden state, or what memory layer `index` read; y NULL: the logits. w: weight, gain of the norm. */
+   hidden state, or what memory layer `index` read; y NULL: the logits. w: weight, gain of the norm, scales of int8. */
 static void linear_op(worker *w, const op *o) {
-    product p = {.weight = o->w[0], .width = o->width, .stride = o->width, .outputs = o->outputs, .count = w->rows, .limit = w->s->limit};
+    product p = {.width = o->width, .stride = o->width, .outputs = o->outputs, .count = w->rows, .limit = w->s->limit};
     const float *x = rows_of(w, o, o->x ? o->x : o->flags & FROM_MEMORY ? w->c->memory[o->index] : w->c->hidden, o->w[1], o->flags & IS_NORMED);
     float *y = o->y ? o->y : w->c->logits;
+    read_weight(&p, o, 0);
     for (long m = 0; m < w->rows; m++) p.x[m] = x + m * o->width, p.y[m] = y + m * o->outputs, p.scale[m] = 1;
     run_product(&p, first_of(w, o->outputs), end_of(w, o->outputs), o->flags & GATES ? SWIGLU : o->flags & ADDS ? ADD : SET);
 }

@@ -73,14 +73,15 @@ static long pairs_of(const worker *w, long first, int *pairs) {
     return found;
 }
 
-/* x [rows][width] -> y [rows * top_k][hidden], times the gate; w: gate and linear part [experts][2 hidden][width], gain of the norm. */
+/* x [rows][width] -> y [rows * top_k][hidden], times the gate; w: gate and linear part [experts][2 hidden][width],
+   gain of the norm, scales of int8. */
 static void experts_up_op(worker *w, const op *o) {
     const sizes *s = w->s;
     const float *x = rows_of(w, o, o->x, o->w[1], 1);
     int pairs[MOST_ROWS];
     for (long first = 0; first < w->rows * s->top_k; first++) {
         product p = {.width = o->width, .stride = o->width, .outputs = s->hidden, .limit = s->limit, .count = pairs_of(w, first, pairs)};
-        p.weight = o->w[0] + w->chosen[first] * 2 * s->hidden * o->width;
+        read_weight(&p, o, w->chosen[first] * 2 * s->hidden);
         for (long i = 0; i < p.count; i++) {
             p.x[i] = x + pairs[i] / s->top_k * o->width;
             p.y[i] = o->y + pairs[i] * s->hidden;
@@ -90,7 +91,8 @@ static void experts_up_op(worker *w, const op *o) {
     }
 }
 
-/* x [rows * top_k][hidden] -> y [rows][outputs], added to it if `flags`; w: [experts][outputs][hidden]. */
+/* x [rows * top_k][hidden] -> y [rows][outputs], added to it if `flags`; w: [experts][outputs][hidden], -, scales of
+   int8. */
 static void experts_down_op(worker *w, const op *o) {
     const sizes *s = w->s;
     const long from = first_of(w, o->outputs), end = end_of(w, o->outputs);
@@ -98,7 +100,7 @@ static void experts_down_op(worker *w, const op *o) {
     for (long m = 0; m < w->rows && !o->flags; m++) memset(o->y + m * o->outputs + from, 0, (end - from) * sizeof(float));
     for (long first = 0; first < w->rows * s->top_k; first++) {
         product p = {.width = s->hidden, .stride = s->hidden, .outputs = o->outputs, .count = pairs_of(w, first, pairs)};
-        p.weight = o->w[0] + w->chosen[first] * o->outputs * s->hidden;
+        read_weight(&p, o, w->chosen[first] * o->outputs);
         for (long i = 0; i < p.count; i++) {
             p.x[i] = o->x + pairs[i] * s->hidden;
             p.y[i] = o->y + pairs[i] / s->top_k * o->outputs;

@@ -1,7 +1,8 @@
 /* Products of a few rows with weights that are read where they lie, each weight once; and the norm before them.
 
    Weights come from memory faster the straighter they are read: rows one after the other run at twice the speed of four rows side
-   by side, whatever is prefetched. So a row of the weight meets all rows of x before the next begins. */
+   by side, whatever is prefetched. So a row of the weight meets all rows of x before the next begins. Weights of int8 become fp32 in
+   registers; a row's scale meets its sum (kernels/int8). */
 
 #pragma once
 #include "decode_step/tape.h"
@@ -12,7 +13,9 @@
 enum { SET, ADD, SWIGLU };
 
 typedef struct {
-    const float *weight; /* [outputs][width], or for SWIGLU [2 outputs][width]: gates, then linear parts */
+    const float *weight;    /* [outputs][width], or for SWIGLU [2 outputs][width]: gates, then linear parts */
+    const int8_t *bytes;    /* the same as int8, instead */
+    const float *row_scale; /* of bytes: [rows of the weight] */
     long width, outputs, stride, count;
     const float *x[MOST_ROWS];
     float *y[MOST_ROWS];
@@ -30,6 +33,13 @@ INLINE lanes part_of(const float *from, long left) {
 #endif
 }
 
+/* The same of bytes. */
+INLINE lanes part_of_bytes(const int8_t *from, long left) {
+    int8_t whole[LANES] = {0};
+    memcpy(whole, from, left);
+    return widen_bytes(whole);
+}
+
 /* The sums of four vectors, formed together. */
 INLINE void sum_four(const lanes *v, float *sums) {
 #if defined(__AVX512F__)
@@ -43,8 +53,11 @@ INLINE void sum_four(const lanes *v, float *sums) {
 #endif
 }
 
-/* total[m]: w times x[m], not yet summed; a single row goes along four chains, so that none waits for its own last addition. */
-INLINE void dots(const float *w, const float *const *x, long width, lanes *total, const int M) {
+/* total[m]: w times x[m], not yet summed; a single row goes along four chains, so that none waits for its own last addition.
+   w is fp32, or int8 if `bytes`. */
+INLINE void dots_of(const void *w, const float *const *x, long width, lanes *total, const int M, const int bytes) {
+    const float *numbers = w;
+    const int8_t *small = w;
     const int chains = M == 1 ? 4 : 1;
     lanes part[BLOCK];
     long d = 0;
@@ -53,19 +66,22 @@ INLINE void dots(const float *w, const float *const *x, long width, lanes *total
     for (; d + chains * LANES <= width; d += chains * LANES)
 #pragma GCC unroll 4
         for (int c = 0; c < chains; c++) {
-            const lanes a = hold(w + d + c * LANES);
+            const lanes a = bytes ? widen_bytes(small + d + c * LANES) : hold(numbers + d + c * LANES);
 #pragma GCC unroll 4
             for (int m = 0; m < M; m++) part[m + c] += a * load(x[m] + d + c * LANES);
         }
     for (; d + LANES <= width; d += LANES)
 #pragma GCC unroll 4
-        for (int m = 0; m < M; m++) part[m] += load(w + d) * load(x[m] + d);
+        for (int m = 0; m < M; m++) part[m] += (bytes ? widen_bytes(small + d) : load(numbers + d)) * load(x[m] + d);
     if (d < width)
 #pragma GCC unroll 4
-        for (int m = 0; m < M; m++) part[m] += part_of(w + d, width - d) * part_of(x[m] + d, width - d);
+        for (int m = 0; m < M; m++)
+            part[m] += (bytes ? part_of_bytes(small + d, width - d) : part_of(numbers + d, width - d)) * part_of(x[m] + d, width - d);
     if (M == 1) total[0] = (part[0] + part[1]) + (part[2] + part[3]);
     else memcpy(total, part, M * sizeof(lanes));
 }
+
+INLINE void dots(const float *w, const float *const *x, long width, lanes *total, const int M) { dots_of(w, x, width, total, M, 0); }
 
 INLINE float silu(float v) { return v / (1.0f + __builtin_expf(-v)); }
 
@@ -76,14 +92,15 @@ INLINE float gated(float gate, float up, float limit) {
 }
 
 /* sums[m][i] = <row f + i of the weight, x[m]> */
-INLINE void dots_of_rows(const product *p, long f, long count, float sums[MOST_ROWS][CHUNK]) {
-    const float *w = p->weight + f * p->stride;
+INLINE void dots_of_rows(const product *p, long f, long count, float sums[MOST_ROWS][CHUNK], const int bytes) {
+    const char *w = bytes ? (const char *)(p->bytes + f * p->stride) : (const char *)(p->weight + f * p->stride);
+    const long row = p->stride * (bytes ? sizeof(int8_t) : sizeof(float));
     lanes total[BLOCK];
     float four[BLOCK];
     long m = 0;
     for (; m + BLOCK <= p->count; m += BLOCK)
         for (long i = 0; i < count; i++) {
-            dots(w + i * p->stride, p->x + m, p->width, total, BLOCK);
+            dots_of(w + i * row, p->x + m, p->width, total, BLOCK, bytes);
             sum_four(total, four);
             for (int b = 0; b < BLOCK; b++) sums[m + b][i] = four[b];
         }
@@ -91,18 +108,20 @@ INLINE void dots_of_rows(const product *p, long f, long count, float sums[MOST_R
         for (long i = 0; i < count; i += BLOCK) {
             for (long b = 0; b < BLOCK; b++) {
                 total[b] = splat(0);
-                if (i + b < count) dots(w + (i + b) * p->stride, p->x + m, p->width, total + b, 1);
+                if (i + b < count) dots_of(w + (i + b) * row, p->x + m, p->width, total + b, 1, bytes);
             }
             sum_four(total, sums[m] + i);
         }
+    for (m = 0; bytes && m < p->count; m++)
+        for (long i = 0; i < count; i++) sums[m][i] *= p->row_scale[f + i];
 }
 
-INLINE void product_kind(const product *p, long first, long end, const int kind) {
+INLINE void product_kind(const product *p, long first, long end, const int kind, const int bytes) {
     float sums[MOST_ROWS][CHUNK], ups[MOST_ROWS][CHUNK];
     for (long f = first; f < end; f += CHUNK) {
         const long count = end - f < CHUNK ? end - f : CHUNK;
-        dots_of_rows(p, f, count, sums);
-        if (kind == SWIGLU) dots_of_rows(p, p->outputs + f, count, ups);
+        dots_of_rows(p, f, count, sums, bytes);
+        if (kind == SWIGLU) dots_of_rows(p, p->outputs + f, count, ups, bytes);
         for (long m = 0; m < p->count; m++)
             for (long i = 0; i < count; i++) {
                 if (kind == SET) p->y[m][f + i] = sums[m][i];
@@ -112,15 +131,26 @@ INLINE void product_kind(const product *p, long first, long end, const int kind)
     }
 }
 
-static __attribute__((noinline)) void product_set(const product *p, long first, long end) { product_kind(p, first, end, SET); }
-static __attribute__((noinline)) void product_add(const product *p, long first, long end) { product_kind(p, first, end, ADD); }
-static __attribute__((noinline)) void product_swiglu(const product *p, long first, long end) { product_kind(p, first, end, SWIGLU); }
+#define PRODUCT(name, kind, bytes) \
+    static __attribute__((noinline)) void name(const product *p, long first, long end) { product_kind(p, first, end, kind, bytes); }
+PRODUCT(product_set, SET, 0)
+PRODUCT(product_add, ADD, 0)
+PRODUCT(product_swiglu, SWIGLU, 0)
+PRODUCT(product_set_bytes, SET, 1)
+PRODUCT(product_add_bytes, ADD, 1)
+PRODUCT(product_swiglu_bytes, SWIGLU, 1)
 
 /* y[.][first, end) of the product. */
 static void run_product(const product *p, long first, long end, int kind) {
-    if (kind == SET) product_set(p, first, end);
-    else if (kind == ADD) product_add(p, first, end);
-    else product_swiglu(p, first, end);
+    static void (*const run[2][3])(const product *, long, long) = {{product_set, product_add, product_swiglu},
+                                                                   {product_set_bytes, product_add_bytes, product_swiglu_bytes}};
+    run[p->bytes != NULL][kind](p, first, end);
+}
+
+/* The product reads the weight of an operation, w[0], from row `first` on: fp32, or int8 where w[2] has a scale for each of its rows. */
+INLINE void read_weight(product *p, const op *o, long first) {
+    if (o->w[2]) p->bytes = (const int8_t *)o->w[0] + first * p->stride, p->row_scale = o->w[2] + first;
+    else p->weight = o->w[0] + first * p->stride;
 }
 
 INLINE float dot(const float *a, const float *b, long width) {
