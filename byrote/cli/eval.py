@@ -50,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if (args.run is None) == (args.hf is None):
         raise ConfigError("give one model: the folder of a run, or with --needle also --hf FOLDER")
+    if args.hf is not None and args.weights != "saved":
+        raise ConfigError(f"--weights {args.weights} is for runs; a model of --hf is judged with the weights it was saved with")
     if args.needle:
         return needle.run(args)
     if args.hf is not None:

@@ -107,3 +107,8 @@ def test_with_int8_the_loss_stands_beside_what_the_saved_weights_need(capsys, sc
     main(["eval", "runs/x", "--bits", *files, "--weights", "int8"])
     shown = capsys.readouterr().out
     assert "with int8" in shown and "+0.2500" in shown
+
+
+def test_int8_weights_of_a_hugging_face_model_are_refused_and_not_ignored(capsys):
+    assert main(["eval", "--hf", "folder", "--needle", "--weights", "int8"]) == 2
+    assert "--weights int8 is for runs" in capsys.readouterr().err
