@@ -42,7 +42,7 @@ def test_a_sound_installation_passes_and_every_part_is_named(capsys: pytest.Capt
     assert diagnose() == 0
     out = capsys.readouterr().out
     assert "byrote can work here" in out
-    for topic in ("python", "torch", "machine", "device cpu", "ram", "disk", "kernels", "numpy", *doctor.EXTRAS):
+    for topic in ("python", "torch", "machine", "device cpu", "ram", "disk", "table disk", "kernels", "numpy", *doctor.EXTRAS):
         assert re.search(rf"^(ok|note) +{topic} ", out, re.MULTILINE), topic
 
 
@@ -136,3 +136,10 @@ def test_the_extras_are_those_of_the_package() -> None:
 def test_the_doctor_itself_needs_no_torch() -> None:
     code = "import sys; sys.modules['torch'] = None; import byrote.cli.doctor as d; sys.exit(d.check_torch().grade != 'FAIL')"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_disk_that_cannot_be_tried_is_a_note_and_nothing_is_left_on_one_that_can(tmp_path: Path) -> None:
+    finding = doctor.check_table_disk(str(tmp_path / "nowhere"))
+    assert finding.grade == "note" and "No such file" in finding.text
+    doctor.check_table_disk(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []

@@ -14,6 +14,7 @@ import os
 import pkgutil
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from byrote.console import format_bytes, format_count, print_table
@@ -34,6 +35,7 @@ EXTRAS = {  # extra of pyproject.toml → (what it is for, what it installs)
     "gpu": ("Triton kernels on NVIDIA and AMD GPUs", ("triton>=3.6",)),
 }
 WORK_BYTES = 2 * 1024**3  # RAM, and disk, that `byrote quickstart` stays within
+SLOW_DISK = 5_000  # rows a second: a step of tiny_cpu with a cold cache would wait three seconds
 
 Grade = Literal["ok", "note", "FAIL"]
 
@@ -112,6 +114,25 @@ def check_machine(path: str) -> Iterator[Finding]:
     ram, disk = facts["ram_free_bytes"], facts["disk_free_bytes"]
     yield room("ram", ram, f"of {format_bytes(facts['ram_bytes'])}", "close other programs, or the system may kill a run")
     yield room("disk", disk, f"at {os.path.abspath(path)}", "free some space, or write runs to another disk with --out")
+    yield check_table_disk(path)
+
+
+def check_table_disk(path: str) -> Finding:
+    """What `--table.store disk` would find here."""
+    from byrote.memory.disk_rate import measure_reads
+
+    topic, advice = "table disk", "keep tables that are larger than RAM on a local SSD: --table.folder, or runs by --out"
+    try:
+        rate = measure_reads(Path(path))
+    except OSError as error:
+        return Finding(
+            "note", topic, f"cannot be tried: {error.strerror} ({os.path.abspath(path)})", "give a folder you may write to: --path"
+        )
+    if rate is None:
+        return Finding("note", topic, "cannot be tried: this system lets nobody drop its page cache")
+    return Finding(
+        "ok" if rate >= SLOW_DISK else "note", topic, f"{rate:,.0f} rows a second from disk, in any order", advice * (rate < SLOW_DISK)
+    )
 
 
 def room(topic: str, free: int, where: str, advice: str) -> Finding:

@@ -77,7 +77,8 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
     sequence = config.data.sequence_length if args.sequence is None else args.sequence
     if sequence < 1:
         raise ConfigError(f"--sequence is {sequence}; it must be at least 1 token")
-    plan = model_plan(args.name, config.model, sequence=sequence, matrix_rule=config.optim.matrix, table_rule=config.optim.table_rule)
+    rules = {"matrix_rule": config.optim.matrix, "table_rule": config.optim.table_rule}
+    plan = model_plan(args.name, config.model, sequence=sequence, table=config.table, **rules)
     plan["cost"] = _cost(args, config, sequence)
     plan["published_runs"] = published_runs() if args.name == "v3" and is_published("v3", config.model) else {}
     return plan
@@ -141,6 +142,8 @@ def print_plan(plan: dict[str, Any]) -> None:
     _print_published(plan["published"])
     _print_flops(plan["flops_per_token"])
     _print_bytes(plan["bytes"])
+    if plan["table"]:
+        _print_table_place(plan["table"])
     if plan.get("cost"):
         _print_cost(plan["cost"])
     for name, published in plan.get("published_runs", {}).items():
@@ -230,6 +233,19 @@ def _print_bytes(sizes: dict[str, Any]) -> None:
         )
         rows.append(["memory read per token", format_bytes(sizes["table_read_per_token"]), "all memory layers"])
     print_table(rows)
+
+
+def _print_table_place(table: dict[str, Any]) -> None:
+    from byrote.device import disk_free, memory_bytes
+
+    _title(f"Memory table with --table.store {table['store']}, when every row was trained")
+    on_disk = table["store"] == "disk"
+    rows = (
+        ("beside the model", table["device_bytes"], ""),
+        ("RAM", table["ram_bytes"], f"{'index and hot rows; ' * on_disk}{format_bytes(memory_bytes()[1])} free here"),
+        ("disk", table["disk_bytes"], f"up to twice that with old records; {format_bytes(disk_free(table['folder'] or '.'))} free here"),
+    )
+    print_table([[place, format_bytes(size), notes] for place, size, notes in rows if size])
 
 
 def _print_cost(cost: dict[str, Any]) -> None:

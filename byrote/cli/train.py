@@ -112,6 +112,7 @@ def _dry_run(config: "RunConfig", as_json: bool) -> int:
         sequence=config.data.sequence_length,
         matrix_rule=config.optim.matrix,
         table_rule=config.optim.table_rule,
+        table=config.table,
     )
     if as_json:
         print(json.dumps({"config": to_dict(config), "plan": plan}, indent=2, ensure_ascii=False))

@@ -25,13 +25,18 @@ _FLUSH_ROWS = 1 << 16  # rows written to the store at a time
 _NOBODY = -1
 
 
+def cached_row_bytes(dtype: torch.dtype, dim: int, state_dim: int) -> int:
+    """Of RAM: vector, state and visits; then row, time of last use and whether it is dirty."""
+    return dim * dtype.itemsize + 4 * state_dim + 4 + 8 + 8 + 1
+
+
 class CachedTable:
     """`cache_bytes` covers rows, state, visits and the directory. `hits` of `lookups` rows were found since the beginning."""
 
     def __init__(self, store: TableStore, cache_bytes: int) -> None:
         self.inner = store
         self.num_rows, self.dim, self.state_dim = store.num_rows, store.dim, store.state_dim
-        each = store.dim * store.dtype.itemsize + 4 * store.state_dim + 4 + 8 + 8 + 1
+        each = cached_row_bytes(store.dtype, store.dim, store.state_dim)
         self._sets = min(cache_bytes // (each * WAYS), -(-store.num_rows // WAYS))
         if self._sets < 1:
             raise ConfigError(f"a cache of {cache_bytes:,} bytes has no room for {WAYS} rows of {each}; give at least {WAYS * each:,}")

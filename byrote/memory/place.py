@@ -9,13 +9,15 @@ All give the same rows and, trained alike, the same bits. `read_ahead = false` l
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from byrote.memory.cache import CachedTable
+from byrote.memory.cache import CachedTable, cached_row_bytes
 from byrote.memory.config import TableConfig
-from byrote.memory.disk import DiskTable
+from byrote.memory.disk import INDEX_BYTES, DiskTable
 from byrote.memory.host import HostTable
 from byrote.memory.prefetch import BackgroundTable
+from byrote.memory.records import RowFormat
+from byrote.memory.segment import ID_BYTES
 from byrote.memory.table import DeviceTable, TableStore
 
 MakeTable = Callable[..., TableStore]  # (num_rows, dim, *, state_dim, dtype, std, seed)
@@ -35,6 +37,24 @@ def place_table(config: TableConfig, folder: Path) -> MakeTable:
         return BackgroundTable(HostTable(store)) if config.read_ahead else HostTable(store)
 
     return make
+
+
+class TableRoom(NamedTuple):
+    """Bytes that a table takes where it is placed, when every row was trained."""
+
+    device: int  # beside the model
+    ram: int
+    disk: int  # the newest record of every row; while out-of-date ones wait to be cleaned away up to about twice that
+
+
+def table_room(config: TableConfig, num_rows: int, dim: int, *, dtype: str, state_dim: int) -> TableRoom:
+    """What `place_table` would come to take."""
+    form = RowFormat(dim=dim, dtype=dtype, state_dim=state_dim, counted=True)
+    if config.store == "disk":
+        cache = min(config.cache_bytes, num_rows * cached_row_bytes(form.tensor_dtype, dim, state_dim))
+        return TableRoom(0, num_rows * INDEX_BYTES + cache, num_rows * (form.bytes + ID_BYTES))
+    whole = num_rows * (form.vector_bytes + 4 * state_dim + 4)
+    return TableRoom(0, whole, 0) if config.store == "host" else TableRoom(whole, 0, 0)
 
 
 def innermost(store: TableStore) -> TableStore:

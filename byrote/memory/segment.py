@@ -25,6 +25,7 @@ from byrote.memory.file import expect_random_reads
 
 PIECE_BYTES = 1 << 26  # a checksum covers so much of a file
 _ID = np.dtype("<i8")
+ID_BYTES = _ID.itemsize
 
 
 class Segment:
@@ -53,7 +54,7 @@ class Segment:
             raise CheckpointError(
                 f"the table's segment {path} cannot be opened: {error.strerror}. Resume from another checkpoint"
             ) from error
-        found, listed = os.fstat(segment.handle).st_size, rows * (size + _ID.itemsize)
+        found, listed = os.fstat(segment.handle).st_size, rows * (size + ID_BYTES)
         if found != listed:
             segment.close()
             raise CheckpointError(f"{path} has {found:,} bytes, its table lists {listed:,}. Resume from another checkpoint")

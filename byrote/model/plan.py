@@ -6,14 +6,25 @@
 
 from typing import Any
 
+from byrote.memory.config import TableConfig
+from byrote.memory.place import table_room
 from byrote.model import count
 from byrote.model.config import DSAConfig, MLAConfig, ModelConfig, V4AttentionConfig
 from byrote.model.ledger import DEVICES, PUBLISHED_RUNS, Device, PublishedRun, Stage, implied_mfu, run_cost
 from byrote.model.presets import PRESETS, PUBLISHED, PUBLISHED_TOKENS, Published, v3
 
 
-def model_plan(name: str, config: ModelConfig, *, sequence: int, matrix_rule: str = "muon", table_rule: str = "rowwise") -> dict[str, Any]:
-    """The plan of one model; `sequence` is the training length, the rules are those of OptimConfig (`matrix`, `table_rule`)."""
+def model_plan(
+    name: str,
+    config: ModelConfig,
+    *,
+    sequence: int,
+    matrix_rule: str = "muon",
+    table_rule: str = "rowwise",
+    table: TableConfig | None = None,
+) -> dict[str, Any]:
+    """The plan of one model; `sequence` is the training length, the rules are those of OptimConfig (`matrix`, `table_rule`), `table`
+    says where the rows are kept."""
     counted = count.count_parameters(config)
     figures = PUBLISHED.get(name, ()) if is_published(name, config) else ()
     return {
@@ -24,6 +35,7 @@ def model_plan(name: str, config: ModelConfig, *, sequence: int, matrix_rule: st
         "published": [_comparison(figure, counted) for figure in figures],
         "flops_per_token": _flops(config, sequence),
         "bytes": _bytes(config, counted, matrix_rule, table_rule),
+        "table": _table(config, table or TableConfig(), table_rule),
     }
 
 
@@ -120,6 +132,16 @@ def _bytes(config: ModelConfig, counted: count.ParameterCount, matrix_rule: str,
         "table_read_per_token": count.table_read_bytes(config),
         "cache": count.cache_size(config)._asdict(),
     }
+
+
+def _table(config: ModelConfig, table: TableConfig, rule: str) -> dict[str, Any] | None:
+    """Where the rows are kept, and what that takes of device, RAM and disk once every row was trained."""
+    engram = config.engram
+    if engram is None:
+        return None
+    state_dim = 1 if rule == "rowwise" else 2 * engram.head_dim
+    room = table_room(table, sum(count.table_rows(config)), engram.head_dim, dtype=engram.table_dtype, state_dim=state_dim)
+    return {"store": table.store, "folder": table.folder} | {f"{place}_bytes": size for place, size in room._asdict().items()}
 
 
 def cost_plan(

@@ -113,3 +113,16 @@ def test_recipes_are_planned_at_their_own_sequence_and_tokens(capsys, monkeypatc
     values = planned(capsys, "tiny_cpu")
     assert values["flops_per_token"]["sequence"] == 96
     assert values["cost"]["tokens"] == 7 * 2 * 3 * 96
+
+
+def test_the_plan_says_where_the_table_would_lie_and_what_that_takes(capsys):
+    places = {store: planned(capsys, "tiny_cpu", "--table.store", store)["table"] for store in ("device", "host", "disk")}
+    used = {store: {name for name, size in place.items() if name.endswith("_bytes") and size} for store, place in places.items()}
+    assert used == {"device": {"device_bytes"}, "host": {"ram_bytes"}, "disk": {"ram_bytes", "disk_bytes"}}
+    assert (
+        places["disk"]["ram_bytes"]
+        > planned(capsys, "tiny_cpu", "--table.store", "disk", "--table.cache_bytes", "4096")["table"]["ram_bytes"]
+    )
+    assert planned(capsys, "v3", "--table.store", "disk")["table"] is None
+    assert main(["plan", "tiny_cpu", "--table.store", "disk"]) == 0
+    assert "up to twice that with old records" in capsys.readouterr().out

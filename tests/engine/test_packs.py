@@ -9,7 +9,8 @@ from byrote.errors import MemoryPackError, RequestError
 from byrote.model.pack import Pack, PackFacts, attach, base_fingerprint, new_pack
 from byrote.model.transformer import Model
 from tests.engine.small import Bytes, answers, drain, engine_of, prompts, said, tiny, twin
-from tests.model.tiny_models import ENGRAM, RESIDUALS, VOCAB
+from tests.model.tiny_models import ENGRAM, RESIDUALS, VOCAB, build, whole
+from tests.tolerances import assert_close_fp32
 
 PARAMS = SamplingParams(max_tokens=10, temperature=0.0)
 
@@ -92,3 +93,18 @@ def test_a_pack_for_another_base_or_tokenizer_is_refused_and_nothing_changes():
     assert engine.packs() == []
     engine.load_pack("law", pack, any_base=True)
     assert engine.packs() == ["law"]
+
+
+def test_gates_of_a_request_are_those_of_its_pack_and_nought_without_one():
+    model, ids = build(whole(engram=None)), prompts(1, longest=30)[0]
+    engine = with_packs(engine_of(model, max_batch=2))
+    asked = SamplingParams(max_tokens=6, temperature=0.0, gates=True)
+    heard, unheard = engine.add_request(ids, asked, pack="law"), engine.add_request(ids, asked)
+    events = drain(engine)
+    spoken = {name: [token.gate for event in events if event.request == name for token in event.tokens] for name in (heard, unheard)}
+    known = torch.tensor([[*ids, *said(events)[heard, 0]]])
+    with torch.no_grad():
+        gates = model(known, packs=[("law",)], want=("gates",)).extras["gates"]
+    want = torch.stack([gate_BTR.mean(-1)[0] for gate_BTR in gates]).mean(0)[len(ids) - 1 : -1]
+    assert_close_fp32(torch.tensor(spoken[heard]), want)
+    assert set(spoken[unheard]) == {0.0}
