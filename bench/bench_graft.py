@@ -113,7 +113,15 @@ def graft(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         found = run_graft(config, args.model, model, text, Path(folder) / "pack", progress=_note, stop=threading.Event())
     results = [result._asdict() | {"measured": result.measured._asdict()} for result in found.results]
-    return {"what": "graft", "before": found.before._asdict(), "results": results, "steps": found.steps, "held_bytes": found.held_bytes}
+    names = {"host": Path(args.model).name, "text": Path(args.text).name, "outside": Path(args.outside).name}
+    return {
+        "what": "graft",
+        **names,
+        "before": found.before._asdict(),
+        "results": results,
+        "steps": found.steps,
+        "held_bytes": found.held_bytes,
+    }
 
 
 def _note(line: str) -> None:

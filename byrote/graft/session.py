@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from byrote.checkpoint.atomic import make_folder, replace_file
-from byrote.checkpoint.packs import save_pack
+from byrote.checkpoint.packs import open_pack, save_pack
 from byrote.config import to_dict
 from byrote.errors import ByroteError, CheckpointError, ConfigError
 from byrote.eval.bits import bits_per_byte
@@ -89,6 +89,8 @@ class Session:
         self.data: Prepared = prepare_data(config, text, work / "data", progress)
         self.engram: EngramConfig = engram_config(config, find_host(model), text, self.data.tokens)
         check_fits_machine(self.engram, model, work)
+        if config.like is not None:
+            open_pack(config.like)  # a wrong name is told before anything is measured
         self._path = work / "results.json"
         self._known: dict[str, Any] = json.loads(self._path.read_bytes()) if self._path.exists() else {}
 
