@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     from byrote.train.interrupt import stop_on_interrupt
 
     with Progress("graft") as live:
-        live.update(f"loading {args.model}")
+        live.update(f"loading {args.model}" if Path(args.model).is_dir() else f"{args.model} is no folder here; asking the hub")
         dtype = None if args.dtype is None else getattr(torch, args.dtype)
         model, text = load_host(args.model, device=pick_device(args.device), dtype=dtype)
         if args.dry_run:
@@ -103,7 +103,7 @@ def _dry_run(config: "GraftConfig", model: Any, text: Any, out: Path, live: Prog
     import tempfile
 
     from byrote.graft.host import find_host
-    from byrote.graft.prepare import check_fits_machine, engram_config, graft_bytes, prepare_data, window
+    from byrote.graft.prepare import check_fits_machine, engram_config, graft_bytes, prepare_data, training_steps, window
 
     window(config, model)
     with tempfile.TemporaryDirectory() as folder:
@@ -117,11 +117,13 @@ def _dry_run(config: "GraftConfig", model: Any, text: Any, out: Path, live: Prog
     if as_json:
         print(json.dumps({"config": to_dict(config), "engram": to_dict(engram), "plan": plan}, indent=2, ensure_ascii=False))
         return 0
+    blocks = ", ".join(map(str, engram.layers))
     print_table(
         [
-            ("text to learn", f"{format_count(data.tokens)} tokens, {len(data.facts)} facts"),
+            ("text to learn", f"{format_count(data.tokens)} tokens, read in {training_steps(config, data.tokens)[0]:,} steps"),
+            *([("facts", f"{len(data.facts)}, such as: {data.facts[0].prompt}{data.facts[0].answer}")] if data.facts else []),
             ("text held back", f"{format_bytes(held['inside'])} in the domain, {format_bytes(held['outside'])} outside"),
-            ("memory", f"blocks {engram.layers}, {engram.heads_per_layer} × {engram.rows_per_order} rows of {engram.head_dim} in each"),
+            ("memory", f"blocks {blocks}, {engram.heads_per_layer} × {engram.rows_per_order} rows of {engram.head_dim} in each"),
             ("needs", f"{format_bytes(size.ram)} of RAM beside the model, {format_bytes(size.disk)} of disk: both are free"),
         ]
     )

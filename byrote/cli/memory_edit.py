@@ -39,12 +39,14 @@ def _write(args: argparse.Namespace) -> int:
         attempt = write_fact(run.model, run.tokenizer, Fact(args.prompt, args.answer), held, config, run.entries)
         if attempt.entry is None:
             raise ConfigError(_not_written(args.answer, config, attempt))
-        live.update("saving")
-        run.save([*run.entries, attempt.entry])
-        live.close(f"fact {len(run.entries)} is written")
+        moved = int((attempt.entry.before_WE != attempt.entry.after_WE).any(1).sum())
+        if moved:
+            live.update("saving")
+            run.save([*run.entries, attempt.entry])
+        live.close(f"fact {len(run.entries)} is written" if moved else "the model says so already; nothing was changed")
     result = {
-        "fact": len(run.entries),
-        "rows": len(attempt.entry.rows_W),
+        "fact": len(run.entries) if moved else None,
+        "rows": moved,
         "nats_before": attempt.nats_before,
         "nats_after": attempt.nats_after,
         "felt_bits_per_byte": attempt.felt_bits,
@@ -149,7 +151,7 @@ def _damage(args: argparse.Namespace) -> int:
     }
     rows = [
         ("bits per byte of held-out text", f"{before:.6f}", f"{after:.6f}", f"{after - before:+.2g}"),
-        (f"{len(facts)} facts recalled", f"{knew.as_written:.1%}", f"{known.as_written:.1%}", ""),
+        (f"recalled, of facts: {len(facts)}", f"{knew.as_written:.1%}", f"{known.as_written:.1%}", ""),
     ]
     _show(args, result, rows, ("", "before", "after", "change"))
     return 0
@@ -180,7 +182,7 @@ def _probe(args: argparse.Namespace) -> int:
     pages = [(name, heard(model, tokenizer, content, visits_N)) for name, content in texts]
     tasks = knock_out(model, tokenizer, texts)
     if args.html:
-        replace_file(Path(args.html), as_html(pages).encode())
+        replace_file(Path(args.html), as_html(pages, tasks).encode())
     if args.json:
         tokens = {name: [one._asdict() for one in page] for name, page in pages}
         print(json.dumps({"tasks": [task._asdict() for task in tasks], "tokens": tokens}, ensure_ascii=False))

@@ -5,6 +5,7 @@ every token as a tooltip. Visits are the mean over the rows a token reads of how
 checkpoints without training state carry none. Attached packs count like the memory a model was trained with.
 """
 
+import codecs
 import html
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -39,13 +40,14 @@ class Knockout(NamedTuple):
 def heard(model: Any, text: Any, content: str, visits_N: torch.Tensor | None = None) -> list[Heard]:
     """Every token of `content`; long texts in pieces of the model's context. `visits_N`: where the model's own table carries none."""
     found = []
+    characters = codecs.getincrementaldecoder("utf-8")("replace")  # a character of several tokens is shown with its last one
     ids = text.encode(content)
     for start in range(0, len(ids), _CONTEXT):
         piece = [text.begin_id, *ids[start : start + _CONTEXT]]
         gates_T = memory_gates(model, piece)[1:].flatten(1).mean(1)
         visits_T = _visits(model, piece, visits_N)[1:]
         found += [
-            Heard(text.token_bytes(token).decode("utf-8", "replace"), float(gate), float(visits))
+            Heard(characters.decode(text.token_bytes(token)), float(gate), float(visits))
             for token, gate, visits in zip(piece[1:], gates_T, visits_T, strict=True)
         ]
     return found
@@ -77,19 +79,21 @@ def shade(gate: float) -> int:
 
 def as_terminal(tokens: Sequence[Heard]) -> str:
     """Text with the gate as background colour."""
-    return "".join(f"\x1b[48;5;{SHADES[shade(one.gate)]}m{_coloured_lines(one)}\x1b[0m" for one in tokens)
+    return "".join(f"\x1b[38;5;231;48;5;{SHADES[shade(one.gate)]}m{_coloured_lines(one)}\x1b[0m" for one in tokens)
 
 
 def _coloured_lines(one: Heard) -> str:
     """A colour must not run to the end of a line."""
-    return one.text.replace("\n", f"\x1b[0m\n\x1b[48;5;{SHADES[shade(one.gate)]}m")
+    return one.text.replace("\n", f"\x1b[0m\n\x1b[38;5;231;48;5;{SHADES[shade(one.gate)]}m")
 
 
-def as_html(pages: Sequence[tuple[str, Sequence[Heard]]]) -> str:
-    """One page; `pages`: name and tokens of each text."""
-    parts = [f"<!doctype html><meta charset=utf-8><title>Where memory speaks</title><style>{STYLE}</style>"]
-    for name, tokens in pages:
-        parts.append(f"<h2>{html.escape(name)}</h2>")
+def as_html(pages: Sequence[tuple[str, Sequence[Heard]]], tasks: Sequence[Knockout]) -> str:
+    """One page; `pages`: name and tokens of each text, `tasks`: what it costs."""
+    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>Where memory speaks</title><style>{STYLE}</style>"]
+    parts.append("<p>Colour: how far memory's gate opens, from none (0) to full (1). Point at a token for its gate and visits.</p>")
+    for (name, tokens), task in zip(pages, tasks, strict=True):
+        cost = f"{task.with_memory:.4f} bits per byte, {task.without:.4f} with memory zeroed"
+        parts.append(f"<h2>{html.escape(name)}: {cost}</h2>")
         parts += [
             f'<span title="gate {one.gate:.2f}, visits {one.visits:.1f}" style="background:rgba(30,110,220,{one.gate:.2f})">'
             f"{html.escape(one.text)}</span>"

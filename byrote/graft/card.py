@@ -29,7 +29,7 @@ def card(config: "GraftConfig", host: str, report: "Report") -> str:
         "## What it brings, and what it costs",
         "",
         f"Grafted on `{host}`, frozen: {report.steps:,} steps, "
-        f"{format_count(report.tokens)} tokens {config.epochs:g} times, {seeds}.",
+        f"{format_count(report.tokens)} tokens {report.epochs:.3g} times, {seeds}.",
         f"Bits per byte of text held back from training: {inside:,} bytes in the domain, {outside:,} bytes outside it "
         f"(`{config.outside}`). Less is better. Mean over the seeds, and the range where there are several.",
         "",

@@ -8,6 +8,7 @@ model is never run.
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +61,8 @@ def _rounded(param: Tensor) -> Tensor:
 def load_host(name: str, *, device: torch.device, dtype: torch.dtype | None = None) -> tuple[Any, "HostText"]:
     """(model in evaluation mode, its tokenizer) from a folder or a name on the hub. `dtype` None: as it was saved."""
     transformers = require_transformers()
+    if not Path(name).is_dir() and (name.startswith((".", "~", "/")) or name.count("/") > 1):  # no name on the hub
+        raise ConfigError(f"{name} is no folder. A graft takes a folder that transformers can load, or a name on the hub such as org/model")
     transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -68,8 +71,8 @@ def load_host(name: str, *, device: torch.device, dtype: torch.dtype | None = No
         )
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"{name} cannot be loaded: {error}. A graft takes a folder, or a name on the hub, with weights in safetensors, "
-            "a tokenizer, and an architecture that transformers itself knows"
+            f"{name} cannot be loaded: {str(error).rstrip('.')}. A graft takes a folder, or a name on the hub, with weights in "
+            "safetensors, a tokenizer, and an architecture that transformers itself knows"
         ) from error
     return model.to(device).eval(), HostText(tokenizer)
 

@@ -28,6 +28,7 @@ from byrote.model.pack import Pack, PackFacts, new_pack
 from byrote.optim.rowwise import state_dim
 
 MOST_ROWS = 1 << 20  # per order and head, where the number is derived
+FACT_STEPS = 400  # for a catalogue alone: a few passes over so little text are a handful of steps, and teach nothing
 TABLE_RULE = "rowwise"
 
 Progress = Callable[[str], None]
@@ -44,7 +45,7 @@ class GraftConfig:
     outside: str = "python-stdlib"  # text outside the domain, to see what the graft costs there
     controls: tuple[str, ...] = ()  # of: one-row, shuffled, frozen-rows, no-lookup, lora
     seeds: tuple[int, ...] = (0,)  # one training each; the first becomes the pack
-    epochs: float = 3.0  # times the text is read
+    epochs: float | None = None  # times the text is read; none: 3, or for facts alone as many as make 400 steps
     sequence_length: int = 256
     batch_sequences: int = 8
     rows_per_order: int | None = None  # rows per order, head and layer; none: as many as training tokens, at most 2^20
@@ -69,7 +70,7 @@ class GraftConfig:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"seeds is {self.seeds}; give at least one, each once")
         for name in ("epochs", "sequence_length", "batch_sequences", "lr", "row_lr"):
-            if not 0 < getattr(self, name) < math.inf:
+            if not (getattr(self, name) is None or 0 < getattr(self, name) < math.inf):
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
 
 
@@ -93,6 +94,8 @@ def prepare_data(config: GraftConfig, text: HostText, folder: Path, progress: Pr
     progress("reading the text")
     split = split_documents([read_documents(source) for source in sources], config.validation_bytes)
     facts = [] if config.facts is None else read_facts(config.facts)
+    if facts:
+        progress(f"{len(facts)} facts, such as: {facts[0].prompt}{facts[0].answer}")
     key = _digest([text.fingerprint(), config.validation_bytes, [(source.path, source_state(source)) for source in sources], facts])
     streams = [(training_documents(read_documents(s), n, split), split.training_bytes[n]) for n, s in enumerate(sources)]
     if facts:
@@ -110,6 +113,15 @@ def prepare_data(config: GraftConfig, text: HostText, folder: Path, progress: Pr
 
 def _digest(parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def training_steps(config: GraftConfig, tokens: int) -> tuple[int, float]:
+    """(optimizer steps, times that the `tokens` are read)."""
+    passes = tokens / (config.sequence_length * config.batch_sequences)
+    if config.epochs is None and not config.text:
+        return FACT_STEPS, FACT_STEPS / passes
+    epochs = 3.0 if config.epochs is None else config.epochs
+    return max(1, round(epochs * passes)), epochs
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
@@ -176,7 +188,7 @@ def make_pack(config: GraftConfig, engram: EngramConfig, model: Any, text: HostT
         name=config.name,
         tokenizer=text.fingerprint(),
         base=base_fingerprint(model),
-        provenance=f"{', '.join((*config.text, *filter(None, [config.facts])))}, read {config.epochs:g} times, seed {seed}",
+        provenance=f"{', '.join((*config.text, *filter(None, [config.facts])))}, seed {seed}",
         licence=config.licence,
     )
     canonical = text.canonical(host.vocab_size)

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from byrote.checkpoint.atomic import make_folder, replace_file
-from byrote.checkpoint.packs import save_pack
+from byrote.checkpoint.packs import open_pack, save_pack
 from byrote.config import to_dict
-from byrote.errors import CheckpointError, ConfigError
+from byrote.errors import ByroteError, CheckpointError, ConfigError
 from byrote.eval.bits import bits_per_byte
 from byrote.graft.attach import attach, detach
 from byrote.graft.card import card
@@ -28,7 +28,17 @@ from byrote.graft.controls import CONTROLS, FIXED_TABLE, LORA, PACK_CONTROLS, lo
 from byrote.graft.facts import recall
 from byrote.graft.grafted import Grafted
 from byrote.graft.host import HostText, find_host
-from byrote.graft.prepare import GraftConfig, Prepared, Progress, check_fits_machine, engram_config, make_pack, prepare_data, window
+from byrote.graft.prepare import (
+    GraftConfig,
+    Prepared,
+    Progress,
+    check_fits_machine,
+    engram_config,
+    make_pack,
+    prepare_data,
+    training_steps,
+    window,
+)
 from byrote.graft.training import Training
 from byrote.memory.heavy import TopNgram
 from byrote.model.config import EngramConfig
@@ -64,6 +74,7 @@ class Report(NamedTuple):
     before: Measured
     results: tuple[Result, ...]
     steps: int
+    epochs: float
     tokens: int  # of the text
     held_bytes: tuple[int, int]  # inside, outside
     pack: Path | None  # None: stopped before the end
@@ -78,6 +89,8 @@ class Session:
         self.data: Prepared = prepare_data(config, text, work / "data", progress)
         self.engram: EngramConfig = engram_config(config, find_host(model), text, self.data.tokens)
         check_fits_machine(self.engram, model, work)
+        if config.like is not None:
+            open_pack(config.like)  # a wrong name is told before anything is measured
         self._path = work / "results.json"
         self._known: dict[str, Any] = json.loads(self._path.read_bytes()) if self._path.exists() else {}
 
@@ -182,8 +195,14 @@ def run_graft(
     if LORA in config.controls:
         require_peft()
     work = work_folder(out)
+    is_new = not work.exists()
     _claim(work, out, {"model": name, "text": with_text} | to_dict(config))
-    session = Session(config, model, text, work, progress)
+    try:
+        session = Session(config, model, text, work, progress)
+    except ByroteError:  # nothing was begun: the corrected command is another one, and must not meet this one's claim
+        if is_new:
+            shutil.rmtree(work)
+        raise
     before, results = session.before(), list[Result]()
     for kind in (GRAFT, *(control for control in CONTROLS if control in config.controls)):
         for seed in config.seeds:
@@ -199,10 +218,10 @@ def run_graft(
 
 
 def _report(session: Session, before: Measured, results: list[Result], pack: Path | None) -> Report:
-    data, c = session.data, session.config
+    data = session.data
     held = tuple(sum(len(document.text.encode()) for document in part) for part in (data.inside, data.outside))
-    steps = max(1, round(c.epochs * data.tokens / (c.sequence_length * c.batch_sequences)))
-    return Report(before, tuple(results), steps, data.tokens, (held[0], held[1]), pack)
+    steps, epochs = training_steps(session.config, data.tokens)
+    return Report(before, tuple(results), steps, epochs, data.tokens, (held[0], held[1]), pack)
 
 
 def work_folder(out: Path) -> Path:

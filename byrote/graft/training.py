@@ -19,7 +19,7 @@ from byrote.checkpoint.tensors import expect, read_tensors, tensor_file
 from byrote.data.loader import Loader, ShardRows
 from byrote.graft.grafted import Grafted
 from byrote.graft.host import HostText
-from byrote.graft.prepare import TABLE_RULE, GraftConfig, Prepared, Progress
+from byrote.graft.prepare import TABLE_RULE, GraftConfig, Prepared, Progress, training_steps
 from byrote.memory.heavy import HeavyHitters
 from byrote.optim.groups import OptimizerState
 from byrote.train.loop import Trainer
@@ -36,7 +36,7 @@ class Training:
         self, config: GraftConfig, data: Prepared, model: Grafted, text: HostText, folder: Path, *, seed: int, learns_rows: bool = True
     ) -> None:
         self.config, self.model, self.folder = config, model, folder
-        self.steps = max(1, round(config.epochs * data.tokens / (config.sequence_length * config.batch_sequences)))
+        self.steps, _ = training_steps(config, data.tokens)
         self.done, self.seconds = 0, 0.0
         self.loader = Loader(
             [ShardRows(shard, config.sequence_length, (seed, source)) for source, shard in enumerate(data.shards)],

@@ -70,6 +70,27 @@ def test_an_interrupted_graft_exits_with_130_and_the_same_command_goes_on(
     assert (folder / "parts" / "CARD.md").is_file() and not (folder / "parts.work").exists()
 
 
+def test_a_mistake_found_before_training_leaves_nothing_that_the_corrected_command_would_meet(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for wrong, message in (["--layers", "9"], "blocks 0..2"), (["--outside", "/nowhere"], "does not exist"):
+        assert main(arguments(folder, "mended", *wrong)) == 2
+        assert message in capsys.readouterr().err
+        assert not (folder / "mended.work").exists()
+    assert main(["graft", "./no-such-host", "--text", "x", "--out", str(folder / "mended")]) == 2
+    assert "./no-such-host is no folder" in capsys.readouterr().err
+
+
+def test_a_catalogue_alone_gets_steps_enough_and_shows_what_its_header_makes_of_it(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = folder / "planets.csv"
+    table.write_text("planet,metal\nZakomir,zinc\nVexshi,tin\n")
+    assert main(["graft", str(folder / "host"), "--facts", str(table), "--out", str(folder / "few"), "--dry-run", *SIZES]) == 0
+    shown = capsys.readouterr().out
+    assert "The metal of Zakomir is zinc" in shown and "400 steps" in shown
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -2,7 +2,7 @@
 
 import re
 
-from byrote.eval.memory_text import SHADES, Heard, as_html, as_terminal, shade
+from byrote.eval.memory_text import SHADES, Heard, Knockout, as_html, as_terminal, shade
 
 TOKENS = [Heard("if", 0.0, 3.0), Heard(" a<b:\n\n    ", 0.51, 0.0), Heard("é", 1.0, 12.5)]
 
@@ -21,6 +21,7 @@ def test_a_terminal_shows_every_character_and_no_colour_runs_over_a_line() -> No
 
 
 def test_a_page_holds_the_text_escaped_with_gate_and_visits_of_each_token() -> None:
-    page = as_html([("a & b", TOKENS)])
+    page = as_html([("a & b", TOKENS)], [Knockout("a & b", 20, 1.25, 1.5)])
     assert "a &amp; b" in page and "a&lt;b" in page and page.count("<span") == 3
+    assert "1.2500 bits per byte, 1.5000 with memory zeroed" in page
     assert 'title="gate 1.00, visits 12.5"' in page

@@ -256,6 +256,8 @@ def test_the_command_line_writes_lists_measures_and_forgets(folder: Path, tmp_pa
     assert main(["memory", "write", str(folder), FACTS[0].prompt, FACTS[0].answer, *options]) == 0
     written = json.loads(capsys.readouterr().out)
     assert written["fact"] == 1 and written["rows"] > 0 and written["nats_after"] < written["nats_before"]
+    assert main(["memory", "write", str(folder), FACTS[0].prompt, FACTS[0].answer, *options]) == 0
+    assert json.loads(capsys.readouterr().out)["fact"] is None, "what is known is not written a second time"
     assert main(["memory", "facts", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["prompt"] == FACTS[0].prompt
     assert main(["memory", "damage", str(folder), "--held", str(held), "--json"]) == 0
@@ -273,7 +275,7 @@ def test_the_probe_shows_gates_visits_and_what_the_text_costs_without_memory(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     task, page = tmp_path / "task.txt", tmp_path / "page.html"
-    task.write_text("The fox <sees> the owl.\nThe cat.")
+    task.write_text("The fox <sees> the öwl.\nThe 🦊.")
     assert main(["memory", "probe", str(folder), str(task), "--html", str(page), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     tokens = shown["tokens"][str(task)]
