@@ -7,7 +7,7 @@ A client that goes away, and a request that takes too long, free their pages at 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -136,18 +136,9 @@ class _Job:
 
 
 def make_app(config: ServeConfig, tokenizer: Tokenizer, template: ChatTemplate | None, given_up: Callable[[], None]) -> FastAPI:
-    """The application. `given_up` is called when the engine died too often to go on."""
+    """The application; whoever runs it starts and closes `app.state.server.link`. `given_up` is called when the engine died too often."""
     server = Server(config, tokenizer, template, given_up)
-
-    @asynccontextmanager
-    async def life(_: FastAPI) -> AsyncIterator[None]:
-        await server.link.start()
-        try:
-            yield
-        finally:
-            await server.link.close()
-
-    app = FastAPI(title="byrote", lifespan=life, docs_url=None, redoc_url=None)
+    app = FastAPI(title="byrote", docs_url=None, redoc_url=None)
     app.state.server = server
     _add_text_routes(app, server)
     _add_other_routes(app, server)

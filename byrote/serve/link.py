@@ -82,7 +82,11 @@ class EngineLink:
 
     async def _launch(self) -> None:
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "byrote.serve.worker", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=_LINE_BYTES
+            *(sys.executable, "-m", "byrote.serve.worker"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=_LINE_BYTES,
+            start_new_session=True,  # Ctrl-C is for the server, which lets requests finish
         )
         self._send(to_dict(self.config))
         assert self._process.stdout is not None

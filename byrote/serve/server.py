@@ -1,10 +1,11 @@
 """Run the HTTP application: bind, serve, drain on SIGTERM, and end with a status that tells whether the engine gave up."""
 
+import asyncio
 import logging
 import signal
 import socket
 import sys
-from contextlib import suppress
+from typing import Any
 
 import uvicorn
 
@@ -12,6 +13,7 @@ from byrote.checkpoint.runs import find_checkpoint
 from byrote.errors import ConfigError
 from byrote.serve.api import make_app
 from byrote.serve.config import ServeConfig
+from byrote.serve.link import EngineLink
 from byrote.tokenizer.bpe import Tokenizer
 from byrote.tokenizer.chat import ChatTemplate
 
@@ -42,21 +44,29 @@ def serve(config: ServeConfig) -> int:
         h11_max_incomplete_event_size=1 << 16,
     )
     runner = uvicorn.Server(settings)
-    print(f"byrote: {config.name} at {_address(listening)}{'' if template else ' (a base model: completions, no chat)'}", file=sys.stderr)
-    _run(runner, listening)
+    print(f"byrote: loading {config.run}", file=sys.stderr)
+    ready = f"byrote: {config.name} at {_address(listening)}{'' if template else ' (a base model: completions, no chat)'}; Ctrl-C ends it"
+    try:
+        asyncio.run(_run(runner, app.state.server.link, listening, ready))
+    except KeyboardInterrupt:  # while it loaded
+        return 130
     if gave_up:
         return GAVE_UP
     return 0 if runner.started else 2
 
 
-def _run(runner: uvicorn.Server, listening: socket.socket) -> None:
+async def _run(runner: uvicorn.Server, link: EngineLink, listening: socket.socket, ready: str) -> None:
     """Serve until a signal. uvicorn drains, then sends itself the signal once more: here that is no reason to die of it."""
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    before: dict[int, Any] = {}
     try:
-        with suppress(KeyboardInterrupt):
-            runner.run(sockets=[listening])
+        await link.start()
+        before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+        print(ready, file=sys.stderr)
+        await runner.serve(sockets=[listening])
     finally:
-        signal.signal(signal.SIGTERM, before)
+        await link.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _bind(host: str, port: int) -> socket.socket:

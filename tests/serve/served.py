@@ -23,13 +23,14 @@ class Served:
 
     def __init__(self, run: Path, *options: str, **environment: str) -> None:
         command = [sys.executable, "-m", "byrote", "serve", str(run), "--port", "0", "--device", "cpu", *options]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+        variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=variables, start_new_session=True)
         assert self.process.stderr is not None
-        first = self.process.stderr.readline()
-        found = re.search(r"http://\S+", first)
-        assert found, first + self.process.stderr.read()
+        self.log: list[str] = []
+        while not (found := re.search(r"http://[^\s;]+", "".join(self.log))):
+            self.log.append(self.process.stderr.readline())
+            assert self.log[-1], "".join(self.log)
         self.url = found.group()
-        self.log: list[str] = [first]
         self._drain = ThreadPoolExecutor(1)
         self._drain.submit(lambda: self.log.extend(self.process.stderr))  # a full pipe would stop the server
         self.http = httpx2.Client(base_url=self.url, timeout=60, headers={"authorization": f"Bearer {KEY}"})

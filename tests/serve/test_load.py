@@ -91,8 +91,11 @@ def hold(run: Path, seconds: float, capsys: pytest.CaptureFixture) -> None:
     """A cache that is full within moments: pages are given up, and choices wait again, all the time."""
     served = Served(run, "--name", "loaded", "--cache-tokens", "4096", BYROTE_API_KEY=KEY)
     load = Load(served, "loaded", seconds)
-    seen = asyncio.run(watch(served, load))
-    served.settle()
+    try:
+        seen = asyncio.run(watch(served, load))
+        served.settle()
+    finally:
+        print("".join(line for line in served.log if " POST " not in line))
     requests, grew = grown(seen)
     quantiles = statistics.quantiles(load.gaps, n=100)
     with capsys.disabled():

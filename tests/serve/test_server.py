@@ -225,12 +225,13 @@ def test_a_killed_engine_fails_its_streams_at_once_and_is_started_again_and_four
     assert served.process.wait(30) == GAVE_UP
 
 
-def test_sigterm_lets_requests_finish(run: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_lets_requests_finish(run: Path, number: signal.Signals) -> None:
     served = Served(run, BYROTE_API_KEY=KEY)
     stream = complete(served, max_tokens=200, stream=True, extra_body={"ignore_end": True})
     chunks = iter(stream)
     next(chunks)
-    served.process.send_signal(signal.SIGTERM)
+    os.killpg(served.process.pid, number)  # as a terminal does
     assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == "length"
     assert served.process.wait(30) == 0
 
@@ -241,6 +242,7 @@ def test_a_run_that_is_not_there_and_a_port_in_use_are_one_line(run: Path, tmp_p
         ((str(tmp_path / "none"),), "none"),
         ((str(run), "--port", str(taken.getsockname()[1])), "choose another --port"),
         ((str(run), "--host", "0.0.0.0"), "no API key"),
+        ((str(run), "--port", "0", "--memory", f"law={tmp_path}"), "manifest.json cannot be read"),
     ):
         done = subprocess.run([sys.executable, "-m", "byrote", "serve", *options], capture_output=True, text=True)
         assert done.returncode == 2
