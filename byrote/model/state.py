@@ -123,7 +123,7 @@ class Tail:
 
     @property
     def nbytes(self) -> int:
-        return self.values.nbytes
+        return max(self.values.nbytes, self._buffer.nbytes)
 
 
 class Entries:
