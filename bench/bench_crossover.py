@@ -81,11 +81,7 @@ class Reader:
         return self.read(tokens_BT)
 
     def decode(self, token_B1: Tensor) -> dict[str, float]:
-        """Median seconds a token."""
-        self.step(token_B1, state=self.state)
-        times = [timed(lambda: self.step(token_B1, state=self.state)) for _ in range(TOKENS)]
-        self.state.rollback(TOKENS + 1)
-        return {clock: statistics.median(one[clock] for one in times) for clock in CLOCKS}
+        return timed(lambda: self.step(token_B1, state=self.state))
 
 
 def timed(work: Callable[[], Any]) -> dict[str, float]:
@@ -106,6 +102,14 @@ def read_stretch(readers: dict[str, Reader], tokens_BT: Tensor) -> None:
             reader.prefill[clock] += statistics.median(one[clock] for one in seconds[name])
 
 
+def decode_in_turn(readers: dict[str, Reader], token_B1: Tensor) -> dict[str, dict[str, float]]:
+    """Median seconds a token, all readers in turn, the first token for nothing; then all of it is rolled back."""
+    times = [{name: reader.decode(token_B1) for name, reader in readers.items()} for _ in range(TOKENS + 1)][1:]
+    for reader in readers.values():
+        reader.state.rollback(TOKENS + 1)
+    return {name: {clock: statistics.median(one[name][clock] for one in times) for clock in CLOCKS} for name in readers}
+
+
 def measure(longest: int, partial: Path | None) -> Found:
     """Seconds of prefill and milliseconds of decode at every context."""
     generator = torch.Generator().manual_seed(0)
@@ -122,11 +126,11 @@ def measure(longest: int, partial: Path | None) -> Found:
                 reader.prefill = {clock: found[name][f"prefill_s_{clock}"][number] for clock in CLOCKS}
             continue
         read_stretch(readers, tokens_BT)
+        decode = decode_in_turn(readers, tokens_BT[:, :1])
         for name, reader in readers.items():
-            decode = reader.decode(tokens_BT[:, :1])
             for clock in CLOCKS:
                 found[name][f"prefill_s_{clock}"].append(reader.prefill[clock])
-                found[name][f"decode_ms_{clock}"].append(1e3 * decode[clock])
+                found[name][f"decode_ms_{clock}"].append(1e3 * decode[name][clock])
         line = (f"{name} {one['prefill_s_cpu'][-1]:8.2f} s {one['decode_ms_cpu'][-1]:7.2f} ms" for name, one in found.items())
         print(f"{context:>7}", *line, flush=True)
         keep(partial, found)
