@@ -1,6 +1,7 @@
 """`byrote graft`: from a folder of text and a model to a pack, or an error that says what to do."""
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import pytest
 from byrote.cli.main import main
 from tests.graft.trained import animal_text, planet_text, train_host, write_folder
 
+DOCS = Path(__file__).parents[2] / "docs" / "graft.md"
 SIZES = ["--sequence-length", "32", "--batch-sequences", "2", "--rows-per-order", "101", "--validation-bytes", "1000", "--context", "64"]
 
 
@@ -37,6 +39,8 @@ def test_a_pack_is_written_and_its_figures_are_printed(folder: Path, capsys: pyt
     manifest = json.loads((folder / "pack" / "manifest.json").read_text())
     assert manifest["layers"] == [0, 2]
     assert main(["memory", "verify", str(folder / "pack")]) == 0
+    (block,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    exec(block.replace("models/qwen", str(folder / "host")).replace("packs/notes", str(folder / "pack")), {})
     capsys.readouterr()
     assert main(arguments(folder, "pack")) == 2
     assert "never overwritten" in capsys.readouterr().err
