@@ -14,7 +14,7 @@ help:
 	@echo
 	@echo "make setup        only make $(VENV) and install what constraints.txt pins"
 	@echo "make check        formatting, lint, types, import directions, line count"
-	@echo "make torture      a thousand kill -9 against everything that writes files (about 10 minutes)"
+	@echo "make torture      a thousand kill -9 against everything that writes files, 5 minutes of 64 clients (about 16 minutes)"
 	@echo "make format       rewrite the code in the form that 'make check' asks for"
 	@echo "make bench        measure speed against named peers (bench/)"
 	@echo

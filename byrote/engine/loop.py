@@ -263,4 +263,5 @@ class Loop:
         wanted = self.drafter.is_active
         if wanted != self.runner.with_drafts and (not wanted or (self.batch.state is None and self.reading is None)):
             self.runner.with_drafts = wanted
+            self._wait_again([choice for choice in self.batch.choices if len(choice.ahead) > 1])  # else rows would read unequally much
             self.rebuild()

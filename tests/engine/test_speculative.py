@@ -169,3 +169,22 @@ def test_when_drafting_ends_mtp_stops_reading_along_and_answers_stay():
     assert [got[name, 0] for name in names] == [twin(model, one, 30) for one in asked]
     answers(engine, [[1]], SamplingParams(max_tokens=4, temperature=0.0))
     assert engine.stats().speculating
+
+
+def test_drafting_may_end_while_texts_have_accepted_differently():
+    model = tiny()
+    asked = [[number, *one] for number, one in enumerate(prompts(3, longest=20, seed=2))]
+    want = [twin(model, one, 25) for one in asked]
+    known = {one[0]: [*one, *answer] for one, answer in zip(asked, want, strict=True)}
+    engine = with_oracle(engine_of(model, speculate="always"), model, known, 2)
+
+    def lose(*_):
+        if len({len(choice.ahead) for choice in engine._loop.batch.choices}) > 1:
+            engine.drafter._resting = _REST
+
+    engine.drafter.record = lose
+    names = [engine.add_request(one, SamplingParams(max_tokens=25, temperature=0.0)) for one in asked]
+    events = drain(engine)
+    assert not engine.runner.with_drafts
+    got = said(events)
+    assert [got[name, 0] for name in names] == want

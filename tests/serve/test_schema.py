@@ -6,6 +6,7 @@ from pydantic import ValidationError
 from byrote.engine.request import Grammar
 from byrote.errors import RequestError
 from byrote.serve.config import Limits
+from byrote.serve.link import _as_error
 from byrote.serve.schema import ChatRequest, CompletionRequest
 
 TEXT = {"model": "m", "prompt": "p"}
@@ -98,3 +99,8 @@ def test_parts_of_text_are_joined_and_other_parts_refused() -> None:
     for message in ({"role": "tool", "content": "x"}, {"role": "user", "content": "x", "name": "y"}):
         with pytest.raises(ValidationError, match=r"messages\.0\.(role|name)"):
             ChatRequest.model_validate(CHAT | {"messages": [message]})
+
+
+def test_what_the_servers_packages_cannot_do_is_the_requests_error() -> None:
+    error = _as_error({"kind": "ConfigError", "message": "a grammar needs the extra package xgrammar"})
+    assert type(error) is RequestError

@@ -112,3 +112,9 @@ def test_a_server_sent_event_is_one_line_whatever_the_text() -> None:
     assert sent.endswith(b"\n\n")
     assert b"\n" not in sent[:-2]
     assert json.loads(sent[len(b"data: ") :]) == {"text": "a\n\ndata: b\r\u2028"}
+
+
+def test_an_id_beyond_the_vocabulary_has_no_text(tokenizer) -> None:
+    """Models round the number of their tokens up, and may say one that the tokenizer has not."""
+    assert tokenizer.token_bytes(tokenizer.vocab_size) == b""
+    assert text_logprobs(tokenizer, [token(tokenizer.vocab_size)], 0)["tokens"] == [""]
