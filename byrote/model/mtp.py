@@ -88,11 +88,7 @@ def follow(modules: Sequence[MTPModule], state: DecodeState, carried: Tensor, to
 
 def draft_tokens(modules: Sequence[MTPModule], state: DecodeState, token_B1: Tensor, count: int, embed: Embed, head: nn.Module) -> Tensor:
     """See `Model.draft`."""
-    if not state.drafts:
-        raise ConfigError("this state keeps nothing to draft from; make it with model.new_state(drafts=True)")
-    if not 0 < count <= state.max_rollback or state.length == 0:
-        held = f"the state holds {state.length} tokens and can roll back {state.max_rollback}"
-        raise RequestError(f"cannot draft {count} tokens: {held}; ask for 1 to {state.max_rollback} after the prompt was read")
+    check_draft(state, count)
     snapshot, picked = state.snapshot(), [token_B1]
     for step in range(count):
         state.pretend()
@@ -100,6 +96,14 @@ def draft_tokens(modules: Sequence[MTPModule], state: DecodeState, token_B1: Ten
         picked.append(head(hidden_B1D).argmax(-1))
     state.restore(snapshot)
     return torch.cat(picked[1:], dim=1)
+
+
+def check_draft(state: DecodeState, count: int) -> None:
+    if not state.drafts:
+        raise ConfigError("this state keeps nothing to draft from; make it with model.new_state(drafts=True)")
+    if not 0 < count <= state.max_rollback or state.length == 0:
+        held = f"the state holds {state.length} tokens and can roll back {state.max_rollback}"
+        raise RequestError(f"cannot draft {count} tokens: {held}; ask for 1 to {state.max_rollback} after the prompt was read")
 
 
 def _step(modules: Sequence[MTPModule], state: DecodeState, first: int, token_B1: Tensor, embed: Embed) -> Tensor:

@@ -34,7 +34,7 @@ from byrote.model.transformer import Model
 def write_tape(model: Model) -> "Tape":
     """The tape of a model as it stands. Raises ConfigError for what a tape cannot express."""
     _check(model)
-    writer = _Writer(model)
+    writer = Writer(model)
     writer.model()
     return Tape(model, writer)
 
@@ -71,7 +71,7 @@ def _check_linear(layer: Linear) -> None:
         _refuse("Linear.matmul", repr(layer.matmul), "a tape has PyTorch's product alone")
 
 
-class _Writer:
+class Writer:
     """Collects operations and the tensors they point to."""
 
     def __init__(self, model: Model) -> None:
@@ -119,6 +119,10 @@ class _Writer:
         entry.w[: len(w)] = [None if tensor is None else self.weight(tensor) for tensor in w]
         self.longest_row = max(self.longest_row, width)
         self.ops.append(entry)
+
+    def gain(self, norm: RMSNorm) -> Tensor:
+        _expect(norm, RMSNorm)
+        return norm.weight
 
     def linear(
         self,
@@ -294,9 +298,9 @@ class _Writer:
 class Tape:
     """Operations, what they point to, and the call that runs them."""
 
-    def __init__(self, model: Model, writer: _Writer) -> None:
+    def __init__(self, model: Model, writer: Writer) -> None:
         self._config, self._held, self.active_numbers = model.config, writer, writer.active_numbers
-        self._sizes = _sizes(model.config, writer)
+        self._sizes = sizes_of(model.config, writer)
         self._ops = cpu.tape_of(writer.ops)
         self._own_numbers = cpu.own_numbers(writer.longest_row, model.config.moe.top_k if model.config.moe else 0)
         self._own = native.empty((0,), torch.float32)
@@ -342,7 +346,7 @@ class Tape:
         cpu.run(self._sizes, self._ops, call)
 
 
-def _sizes(c: ModelConfig, writer: _Writer) -> cpu.Sizes:
+def sizes_of(c: ModelConfig, writer: Writer) -> cpu.Sizes:
     a, m, e, r = c.attention_of(0), c.moe, c.engram, c.residual
     assert isinstance(a, MLAConfig), "_check comes first"
     frequencies_K = frequencies(a.qk_rope_head_dim, a.rope)

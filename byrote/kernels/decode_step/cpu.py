@@ -12,7 +12,7 @@ from pathlib import Path
 from byrote.kernels import native
 
 FOLDER = Path(__file__).parent
-HEADERS = ("decode_step/tape.h", "decode_step/rows.h", "decode_step/attend.h", "decode_step/experts.h", "decode_step/streams.h")
+HEADERS = tuple(f"decode_step/{name}.h" for name in ("tape", "rows", "attend", "experts", "streams", "draft"))
 SHARED = ("sinkhorn/sinkhorn.h", "lanes.h")
 SOURCES = (FOLDER / "decode_step.c", *(native.INCLUDE / header for header in (*HEADERS, *SHARED)))
 MOST_ROWS, MOST_STREAMS, MOST_CHOSEN = 16, 8, 32
@@ -24,7 +24,7 @@ class Code(IntEnum):
     """What an operation does, in the order of decode_step.c."""
 
     EMBED, TURN, LINEAR, LATENT, ATTEND, ROUTE, EXPERTS_UP, EXPERTS_DOWN = range(8)
-    MANIFOLD_ENTER, FREE_ENTER, LEAVE, MEAN, NORM, MEMORY = range(8, 14)
+    MANIFOLD_ENTER, FREE_ENTER, LEAVE, MEAN, NORM, MEMORY, JOIN, SPREAD = range(8, 16)
 
 
 class Flag(IntFlag):

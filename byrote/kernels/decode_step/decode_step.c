@@ -4,10 +4,12 @@
    few at a time, everything is fp32. What each operation reads and writes stands with it. */
 
 #include "decode_step/attend.h"
+#include "decode_step/draft.h"
 #include "decode_step/experts.h"
 #include "decode_step/streams.h"
 
-enum { EMBED, TURN, LINEAR, LATENT, ATTEND, ROUTE, EXPERTS_UP, EXPERTS_DOWN, MANIFOLD_ENTER, FREE_ENTER, LEAVE, MEAN, NORM, MEMORY };
+enum { EMBED, TURN, LINEAR, LATENT, ATTEND, ROUTE, EXPERTS_UP, EXPERTS_DOWN };
+enum { MANIFOLD_ENTER = 8, FREE_ENTER, LEAVE, MEAN, NORM, MEMORY, JOIN, SPREAD };
 enum { IS_NORMED = 1, ADDS = 2, GATES = 4, FROM_MEMORY = 8 }; /* flags of LINEAR */
 
 /* y [rows][outputs] = x W', or added to it; GATES: of twice as many outputs, y = silu(gate) * linear part. x NULL: the final
@@ -23,7 +25,7 @@ static void linear_op(worker *w, const op *o) {
 static void run_op(worker *w, const op *o) {
     static void (*const run[])(worker *, const op *) = {
         embed_op,          turn_op,       linear_op, latent_op, attend_op, route_op,  experts_up_op, experts_down_op,
-        manifold_enter_op, free_enter_op, leave_op,  mean_op,   norm_op,   memory_op,
+        manifold_enter_op, free_enter_op, leave_op,  mean_op,   norm_op,   memory_op, join_op,       spread_op,
     };
     run[o->code](w, o);
 }
