@@ -1,7 +1,7 @@
 """Drafting on a tape: a V3 module (model/mtp.py) as C operations, beside the tape of the model itself.
 
     follow    what fills the cache of the module's attention, for all tokens of a step at once: join, project, enter, keys
-    draft     the whole module and the head, a token of each text at a time; every further draft goes on from the last one's output
+    draft     the whole module and the head's likely ids, a token of each text at a time; all drafts of a step in one call
 
 A position that is only followed needs no more than its key, since nothing else of it is ever read. The state is kept exactly as
 `mtp.follow` and `mtp.draft_tokens` keep it, so that the two ways may alternate.
@@ -20,7 +20,7 @@ from byrote.errors import ConfigError
 from byrote.kernels import native
 from byrote.kernels.decode_step import cpu
 from byrote.kernels.decode_step.cpu import Code
-from byrote.model.mtp import MTPModule
+from byrote.model.mtp import MTPModule, likely_ids
 from byrote.model.state import DecodeState, Track
 from byrote.model.tape import Writer, sizes_of
 from byrote.model.transformer import Model
@@ -61,7 +61,7 @@ def _draft_ops(writer: Writer, model: Model, module: MTPModule) -> None:
     writer.block(0, module.block)
     x = writer.read_out(module.read_out)
     writer.op(Code.NORM, x=x, w=(writer.gain(module.norm),), width=model.config.dim, eps=module.norm.eps)
-    writer.linear(None, model.head, None)
+    writer.product(None, model.head.weight[: likely_ids(model.config.vocab_size)], None)
 
 
 def _join(writer: Writer, model: Model, module: MTPModule) -> None:
@@ -77,65 +77,71 @@ class DraftTape:
     """Serves fp32 states on the CPU, up to cpu.MOST_ROWS rows a call; the caller sees to that."""
 
     def __init__(self, model: Model, module: MTPModule) -> None:
-        self._held = writer = Writer(model)
-        self._dim, self._vocab_size = model.config.dim, model.config.vocab_size
+        self._writer = writer = Writer(model)
         self._draft = Ops.of(writer, _draft_ops, model, module)
         self._follow = Ops.of(writer, _follow_ops, model, module)
         self._sizes = sizes_of(model.config, writer)
-        self._own_numbers = cpu.own_numbers(writer.longest_row, model.config.moe.top_k if model.config.moe else 0)
+        self._own_numbers = cpu.own_numbers(writer.longest_row, self._sizes.top_k)
         self._own = native.empty((0,), torch.float32)
+        self._hidden = writer.buffer("hidden out", model.config.dim)
+        self._logits = writer.buffer("logits", likely_ids(model.config.vocab_size))
         self._cache, self._memory = (cpu.Kept * 1)(), (ctypes.c_void_p * 1)()
 
     def follow(self, state: DecodeState, hidden_BTD: Tensor, tokens_BT: Tensor) -> None:
         """As `mtp.follow`: the module reads what the tokens just appended to `state` make readable."""
-        pending_BSD = state.drafts[0]["pending"].append(hidden_BTD)
-        end = state.length - 1
+        pending_BSD, end = state.drafts[0]["pending"].append(hidden_BTD), state.length - 1
         ready = min(tokens_BT.shape[1], end)
         if ready <= 0:
             return
         tokens_BT, runs_BS = tokens_BT[:, tokens_BT.shape[1] - ready :], state.numbered_runs()
         if runs_BS is not None:
-            tokens_BT = tokens_BT * (runs_BS[:, end - ready : end] == runs_BS[:, end - ready + 1 :])
+            tokens_BT, runs_BS = tokens_BT * (runs_BS[:, end - ready : end] == runs_BS[:, end - ready + 1 :]), runs_BS[:, :end]
         position_BT = state.positions.all()[:, end - ready : end]
         self._run(self._follow, state, pending_BSD[:, -1 - ready : -1], tokens_BT, position_BT, runs_BS)
 
     def draft(self, state: DecodeState, token_B1: Tensor, count: int) -> Tensor:
         """As `mtp.draft_tokens`, whose conditions the caller has checked: int64 [B, count], the state as it was."""
-        cache, picked = state.drafts[0]["attention"], [token_B1]
-        snapshot, carried_B1D = cache.snapshot(), state.drafts[0]["pending"].values[:, -1:]
-        runs_BS, position_B1 = state.numbered_runs(), state.positions.all()[:, -1:]
-        for _ in range(count):
-            carried_B1D, logits_BV = self._run(self._draft, state, carried_B1D, picked[-1], position_B1, runs_BS)
-            picked.append(logits_BV.argmax(-1, keepdim=True))
-            position_B1 = position_B1 + 1
-            runs_BS = None if runs_BS is None else torch.cat((runs_BS, runs_BS[:, -1:]), dim=1)
+        cache, runs_BS = state.drafts[0]["attention"], state.numbered_runs()
+        inputs_B1D, position_B1 = state.drafts[0]["pending"].values[:, -1:], state.positions.all()[:, -1:]
+        snapshot, at_once = cache.snapshot(), count if runs_BS is None else 1  # with every token the runs lie farther apart
+        picked_NB = native.empty((count, len(token_B1)), torch.int64)
+        for place in range(0, count, at_once):
+            self._run(self._draft, state, inputs_B1D, token_B1, position_B1, runs_BS, picked_NB[place : place + at_once])
+            if runs_BS is not None:
+                inputs_B1D, token_B1, position_B1 = self._hidden[: len(token_B1), None], picked_NB[place, :, None], position_B1 + 1
+                runs_BS = torch.cat((runs_BS, runs_BS[:, -1:]), dim=1)
         cache.restore(snapshot)
-        return torch.cat(picked[1:], dim=1)
+        return picked_NB.t()
 
     def _run(
-        self, ops: "Ops", state: DecodeState, inputs_BTD: Tensor, tokens_BT: Tensor, position_BT: Tensor, runs_BS: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """(hidden states [B, T, D], logits [B, V]) behind the module's next positions, which its cache then holds."""
+        self,
+        ops: Ops,
+        state: DecodeState,
+        inputs_BTD: Tensor,
+        tokens_BT: Tensor,
+        position_BT: Tensor,
+        runs_BS: Tensor | None,
+        picked_NB: Tensor | None = None,
+    ) -> None:
+        """Take the next positions in, or with `picked_NB` draft as many tokens as it has rows; the cache then holds all of them."""
         (B, T), cache, threads = tokens_BT.shape, state.drafts[0]["attention"], native.threads_for(ops.numbers)
-        assert isinstance(cache, Track), "the caller looks for other caches"
-        cache.extend(T)
+        before = cache.length
+        cache.extend(T if picked_NB is None else len(picked_NB))
         self._cache[0].start, self._cache[0].stride = cache.values.data_ptr(), cache.values.stride(0)
         if self._own.numel() < threads * self._own_numbers:
             self._own = native.empty((threads * self._own_numbers,), torch.float32)
-        document_BS = None if runs_BS is None else runs_BS[:, : cache.length]
-        inputs_BTD, ids, positions, document = (
-            None if part is None else part.contiguous() for part in (inputs_BTD, tokens_BT.long(), position_BT, document_BS)
-        )
+        inputs_BTD, ids, positions = inputs_BTD.contiguous(), tokens_BT.long().contiguous(), position_BT.contiguous()
+        document = None if runs_BS is None else runs_BS.contiguous()
         self._memory[0] = native.address(inputs_BTD)
-        hidden_BTD = native.empty((B, T, self._dim), torch.float32)
-        logits_BV = native.empty((B, self._vocab_size), torch.float32)
         call = cpu.Call(
-            *(threads, B, T, cache.length - T),
+            *(threads, B, T, before),
             *map(native.address, (ids, positions, document)),
             *map(ctypes.addressof, (self._memory, self._cache)),
             None,
-            *map(native.address, (hidden_BTD, logits_BV, self._own)),
+            *map(native.address, (self._hidden, self._logits, self._own)),
             self._own_numbers,
         )
-        cpu.run(self._sizes, ops.tape, call)
-        return hidden_BTD, logits_BV
+        if picked_NB is None:
+            cpu.run(self._sizes, ops.tape, call)
+        else:
+            cpu.run_drafts(self._sizes, ops.tape, call, len(picked_NB), native.address(picked_NB))

@@ -79,7 +79,8 @@ class Call(Structure):
     )
 
 
-FUNCTIONS = {"decode_step": (POINTER(Sizes), POINTER(Op), c_long, POINTER(Call))}
+_STEP = (POINTER(Sizes), POINTER(Op), c_long, POINTER(Call))
+FUNCTIONS = {"decode_step": _STEP, "decode_drafts": (*_STEP, c_long, c_void_p)}
 
 
 def library() -> ctypes.CDLL | None:
@@ -103,3 +104,10 @@ def run(sizes: Sizes, tape: ctypes.Array[Op], call: Call) -> None:
     opened = library()
     assert opened is not None, "a tape is written only where there is a library"
     native.check(opened.decode_step(sizes, tape, len(tape), call))
+
+
+def run_drafts(sizes: Sizes, tape: ctypes.Array[Op], call: Call, steps: int, picked: int | None) -> None:
+    """Walk a tape that drafts `steps` times; `picked`: where the ids go, int64 [steps, batch]."""
+    opened = library()
+    assert opened is not None, "a tape is written only where there is a library"
+    native.check(opened.decode_drafts(sizes, tape, len(tape), call, steps, picked))

@@ -57,3 +57,29 @@ int decode_step(const sizes *s, const op *tape, long count, const call *c) {
 #endif
     return 0;
 }
+
+static int64_t best_id(const float *logits, long count) {
+    long best = 0;
+    for (long i = 1; i < count; i++)
+        if (logits[i] > logits[best]) best = i;
+    return best;
+}
+
+/* `steps` times a token of each text: what the logits like best -> picked [steps][batch], which the next step reads, one place on and
+   from the hidden state of this one in memory slot 0. Returns 0. */
+int decode_drafts(const sizes *s, const op *tape, long count, const call *c, long steps, int64_t *picked) {
+    call at = *c;
+    int64_t positions[MOST_ROWS];
+    const float *memory[1] = {c->memory[0]};
+    memcpy(positions, c->positions, c->batch * sizeof(int64_t));
+    at.positions = positions, at.memory = memory;
+    for (long step = 0; step < steps; step++, picked += c->batch) {
+        decode_step(s, tape, count, &at);
+        for (long b = 0; b < c->batch; b++) {
+            picked[b] = best_id(c->logits + b * tape[count - 1].outputs, tape[count - 1].outputs);
+            positions[b]++;
+        }
+        at.ids = picked, memory[0] = c->hidden, at.before++;
+    }
+    return 0;
+}
