@@ -97,13 +97,11 @@ class Captured:
         logits_BTV = logits_BTV if last is None else logits_BTV[:, -last:]
         return Output(logits_BTV, {}, {}, batch.rows, {"hidden": hidden_BTD} if want else {})
 
-    @torch.no_grad()
     def draft(self, state: DecodeState, token_B1: Tensor, count: int = 1) -> Tensor:
         """As `Model.draft`."""
         check_draft(state, count)
-        free = token_B1.numel() <= cpu.MOST_ROWS and not torch.is_autocast_enabled("cpu")
-        free = free and native.can_take(token_B1) and native.is_enabled() and _is_plain_draft(state)
-        if not (free and self._is_current(state) and self._drafter is not None):
+        free = native.can_take(token_B1) and native.is_enabled() and not torch.is_autocast_enabled("cpu") and _is_plain_draft(state)
+        if not (free and len(token_B1) <= cpu.MOST_ROWS and self._is_current(state) and self._drafter is not None):
             return self.model.draft(state, token_B1, count)
         check_tokens(token_B1, self.model.config.vocab_size, targets_BT=None)
         return self._drafter.draft(state, token_B1, count)
