@@ -43,12 +43,12 @@ INLINE void sum_four(const lanes *v, float *sums) {
 #endif
 }
 
-/* total[m]: w times x[m], not yet summed; few rows go along several chains each, so that none waits for its own last addition. */
+/* total[m]: w times x[m], not yet summed; one row goes along four chains and two along two, so that none waits for its own last addition. */
 INLINE void dots(const float *w, const float *const *x, long width, lanes *total, const int M) {
-    const int chains = M < 3 ? 4 : 2;
-    lanes part[4 * BLOCK];
+    const int chains = M > 2 ? 1 : BLOCK / M;
+    lanes part[BLOCK];
     long d = 0;
-#pragma GCC unroll 16
+#pragma GCC unroll 4
     for (int i = 0; i < chains * M; i++) part[i] = splat(0);
     for (; d + chains * LANES <= width; d += chains * LANES)
 #pragma GCC unroll 4
@@ -63,9 +63,9 @@ INLINE void dots(const float *w, const float *const *x, long width, lanes *total
     if (d < width)
 #pragma GCC unroll 4
         for (int m = 0; m < M; m++) part[m] += part_of(w + d, width - d) * part_of(x[m] + d, width - d);
+    if (M == 1) total[0] = (part[0] + part[1]) + (part[2] + part[3]);
 #pragma GCC unroll 4
-    for (int m = 0; m < M; m++)
-        total[m] = chains == 4 ? (part[m] + part[M + m]) + (part[2 * M + m] + part[3 * M + m]) : part[m] + part[M + m];
+    for (int m = 0; m < M && M > 1; m++) total[m] = chains == 1 ? part[m] : part[m] + part[M + m];
 }
 
 INLINE float silu(float v) { return v / (1.0f + __builtin_expf(-v)); }
@@ -76,27 +76,20 @@ INLINE float gated(float gate, float up, float limit) {
     return silu(gate) * up;
 }
 
-/* sums[m][i] = <row i of w, x[m]> for M rows from `first` on, which meet every row of w together. */
+/* sums[m][i] = <row i of w, x[m]> for the M rows from `first` on, which meet every row of w together. */
 INLINE void dots_together(const product *p, const float *w, long first, long count, float sums[MOST_ROWS][CHUNK], const int M) {
+    const int each = BLOCK / M; /* rows of w whose sums are formed together */
     lanes total[BLOCK];
     float four[BLOCK];
-    for (int b = M; b < BLOCK; b++) total[b] = splat(0);
-    for (long i = 0; i < count; i++) {
-        dots(w + i * p->stride, p->x + first, p->width, total, M);
+    total[BLOCK - 1] = splat(0); /* of three rows there is no fourth */
+    for (long i = 0; i < count; i += each) {
+#pragma GCC unroll 4
+        for (int r = 0; r < each; r++) dots(w + (i + r < count ? i + r : i) * p->stride, p->x + first, p->width, total + r * M, M);
         sum_four(total, four);
-        for (int b = 0; b < M; b++) sums[first + b][i] = four[b];
-    }
-}
-
-/* The same for a single row; the sums of four rows of w are formed together. */
-INLINE void dots_alone(const product *p, const float *w, long m, long count, float sums[MOST_ROWS][CHUNK]) {
-    lanes total[BLOCK];
-    for (long i = 0; i < count; i += BLOCK) {
-        for (long b = 0; b < BLOCK; b++) {
-            total[b] = splat(0);
-            if (i + b < count) dots(w + (i + b) * p->stride, p->x + m, p->width, total + b, 1);
-        }
-        sum_four(total, sums[m] + i);
+#pragma GCC unroll 4
+        for (int r = 0; r < each; r++)
+            for (int b = 0; b < M; b++)
+                if (i + r < count) sums[first + b][i + r] = four[r * M + b];
     }
 }
 
@@ -107,7 +100,7 @@ INLINE void dots_of_rows(const product *p, long f, long count, float sums[MOST_R
     for (; m + BLOCK <= p->count; m += BLOCK) dots_together(p, w, m, count, sums, BLOCK);
     if (p->count - m == 3) dots_together(p, w, m, count, sums, 3);
     else if (p->count - m == 2) dots_together(p, w, m, count, sums, 2);
-    else if (p->count - m == 1) dots_alone(p, w, m, count, sums);
+    else if (p->count - m == 1) dots_together(p, w, m, count, sums, 1);
 }
 
 INLINE void product_kind(const product *p, long first, long end, const int kind) {
