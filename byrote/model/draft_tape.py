@@ -20,8 +20,9 @@ from byrote.errors import ConfigError
 from byrote.kernels import native
 from byrote.kernels.decode_step import cpu
 from byrote.kernels.decode_step.cpu import Code
+from byrote.model.mla import MLA
 from byrote.model.mtp import MTPModule, likely_ids
-from byrote.model.state import DecodeState, Track
+from byrote.model.state import DecodeState
 from byrote.model.tape import Writer, sizes_of
 from byrote.model.transformer import Model
 
@@ -29,7 +30,7 @@ from byrote.model.transformer import Model
 def write_draft_tape(model: Model) -> "DraftTape | None":
     """The tape of a captured model's one MTP module; None where there is none, or more, or one that a tape cannot express."""
     modules = [module for module in model.mtp if isinstance(module, MTPModule)]
-    if len(modules) != 1 or modules[0].has_streams:
+    if len(modules) != 1 or modules[0].has_streams or type(modules[0].block.attn) is not MLA:
         return None
     try:
         return DraftTape(model, modules[0])
@@ -51,6 +52,7 @@ class Ops(NamedTuple):
 def _follow_ops(writer: Writer, model: Model, module: MTPModule) -> None:
     _join(writer, model, module)
     attn, site = module.block.attn, module.block.attn_site
+    assert isinstance(attn, MLA), "write_draft_tape looks"
     kept = writer.buffer("kept", attn.config.kv_lora_rank + attn.config.qk_rope_head_dim)
     writer.linear(writer.enter(site), attn.kv_a, kept, norm=module.block.attn_norm)
     writer.op(Code.LATENT, x=kept, w=(writer.gain(attn.kv_a_norm),), eps=attn.kv_a_norm.eps)
@@ -136,7 +138,7 @@ class DraftTape:
         call = cpu.Call(
             *(threads, B, T, before),
             *map(native.address, (ids, positions, document)),
-            *map(ctypes.addressof, (self._memory, self._cache)),
+            *(ctypes.addressof(self._memory), ctypes.addressof(self._cache)),
             None,
             *map(native.address, (self._hidden, self._logits, self._own)),
             self._own_numbers,

@@ -8,12 +8,14 @@ import torch
 from byrote.errors import ConfigError, RequestError
 from byrote.kernels.decode_step import cpu
 from byrote.model import capture as captures
+from byrote.model import draft_tape, mtp
 from byrote.model.capture import capture
 from byrote.model.config import MTPConfig
 from byrote.model.draft_tape import DraftTape
+from byrote.model.mtp import likely_ids
 from byrote.model.transformer import Model
 from tests.kernels.twins import need
-from tests.model.test_capture import ODD, ROPE, alone
+from tests.model.test_capture import ODD, ROPE, alone, threads  # noqa: F401
 from tests.model.tiny_models import ATTENTION, MOE, RESIDUALS, bare, build, text, whole
 from tests.tolerances import assert_bitwise, assert_close_fp32
 
@@ -83,6 +85,28 @@ def test_drafts_after_roll_backs_and_between_ordinary_steps_are_the_same(no_fall
         assert_same_drafts(step, model, states, tokens_BT[:, place + 3 : place + 4], 1 + place % 4)
 
 
+def test_any_number_of_threads_drafts_the_same(threads, no_fallback):  # noqa: F811
+    model, tokens_BT = build(MODELS["odd sizes"]), text(2, 9)
+    step, states = alone(capture(model)), [model.new_state(2, drafts=True) for _ in range(2)]
+    for start, end in ((0, 3), (3, 4), (4, 8)):
+        for call, state in zip((step, model), states, strict=True):
+            call(tokens_BT[:, start:end], state=state)
+        assert_same_drafts(step, model, states, tokens_BT[:, end : end + 1], 4)
+
+
+def test_drafts_are_of_the_likely_ids_alone(no_fallback, monkeypatch):
+    assert [likely_ids(size) for size in (29, 8192, 32_768, 129_280)] == [29, 8192, 8192, 32_320]
+    for module in (mtp, draft_tape):
+        monkeypatch.setattr(module, "likely_ids", lambda vocab_size: 11)
+    model, tokens_BT = build(MODELS["whole"]), text(8, 9)
+    step, states = capture(model), [model.new_state(8, drafts=True) for _ in range(2)]
+    for state in states:
+        model(tokens_BT, state=state)
+    assert_same_drafts(step, model, states, tokens_BT[:, :1], 4)
+    drafts = step.draft(states[0], tokens_BT[:, :1], 4)
+    assert drafts.max() == 10 and len(drafts.unique()) > 3
+
+
 def test_left_padded_texts_draft_as_they_do_alone(no_fallback):
     model, lengths, tokens_BT = build(MODELS["whole"]), (3, 9, 1), text(3, 15)
     document_BT = torch.stack([(torch.arange(9) >= 9 - length).long() - 1 for length in lengths])
@@ -120,8 +144,8 @@ def test_changed_weights_show_in_the_drafts_of_the_next_text():
 
 @pytest.mark.parametrize("form", ["streams", "two deep", "bf16", "many rows", "a product of its own"])
 def test_what_a_draft_tape_does_not_serve_is_drafted_by_the_module(form, monkeypatch):
-    mtp = MTPConfig(depth=2 if form == "two deep" else 1, form="streams" if form == "streams" else "joined")
-    model, rows = build(whole(mtp=mtp)), 17 if form == "many rows" else 1
+    config = MTPConfig(depth=2 if form == "two deep" else 1, form="streams" if form == "streams" else "joined")
+    model, rows = build(whole(mtp=config)), 17 if form == "many rows" else 1
     if form == "a product of its own":
         model.mtp[0].project.matmul = lambda x, weight: 2 * torch.nn.functional.linear(x, weight)
     monkeypatch.setattr(DraftTape, "draft", lambda *_: pytest.fail("the tape drafted"))
