@@ -5,11 +5,11 @@
 batch     16 requests of 128 + 128 tokens at once, against transformers one at a time: ratio of tokens per second
 first     1,024 prompt tokens, first token: ratio of seconds
 single    one request of 128 + 256 tokens
-mtp       with --mtp, on a trained run that has MTP: one request at a time, `--drafts` a step against none. a: right drafts a step;
-          v, d: seconds of reading with drafts, and of drafting, in readings without (rows of memory asked for ahead included); what was
-          reached of (1 + a) / (v + d). The prompts are pieces of --text, which the run should not have seen. --ordinary: both without
-          the captured step. --right SHARE: drafts are made and paid for, then exchanged for ones that are right so often, for what v
-          and d would bring a model that drafts better
+mtp       with --mtp, on a trained run that has MTP: one request at a time, `--drafts` a step against none, prompts apart. a: right
+          drafts a step; v, d: seconds of reading with drafts, and of drafting, in readings without (rows of memory asked for ahead
+          included); what was reached of (1 + a) / (v + d). The prompts are pieces of --text, which the run should not have seen.
+          --ordinary: both without the captured step. --right SHARE: drafts are made and paid for, then exchanged for ones that are
+          right so often, for what v and d would bring a model that drafts better
 """
 
 import argparse
@@ -141,13 +141,12 @@ def exchange_drafts(engine: Engine, answer_to: Callable[[list[int]], list[int]],
     engine.runner.draft = exchanged  # type: ignore[method-assign]
 
 
-def drafts_against_none(run: str, text: Path, rounds: int, drafts: int, new: int, captured: bool, right: float | None) -> None:
+def drafts_against_none(run: str, text: Path, rounds: int, drafts: int, count: int, new: int, captured: bool, right: float | None) -> None:
     model, tokenizer = load(run)
     assert tokenizer is not None, "the run was saved without a tokenizer"
     ids = tokenizer.encode(text.read_text(encoding="utf-8"))
-    several = [[tokenizer.begin_id, *ids[start : start + PROMPT]] for start in range(0, len(ids) - PROMPT, len(ids) // MTP_PROMPTS)][
-        :MTP_PROMPTS
-    ]
+    starts = range(0, len(ids) - PROMPT, len(ids) // count)
+    several = [[tokenizer.begin_id, *ids[start : start + PROMPT]] for start in starts][:count]
     params = replace(GREEDY, max_tokens=new, ignore_end=True)
     config = EngineConfig(prefix_cache=False, max_drafts=drafts, captured=captured)
     engines = {how: Engine(model, None, replace(config, speculate=how)) for how in ("off", "always")}
@@ -157,11 +156,16 @@ def drafts_against_none(run: str, text: Path, rounds: int, drafts: int, new: int
     if right is not None:
         exchange_drafts(engines["always"], lambda prompt: said["off"][several.index(prompt)], right)
     drafting = Stopwatch(engines["always"].runner, "draft")
+    prompts_in = {how: Stopwatch(engine._loop, "read_prompts") for how, engine in engines.items()}
+    answering: dict[str, list[float]] = {how: [] for how in engines}
 
     def work(how: str) -> None:
+        start = time.perf_counter() - prompts_in[how].seconds
         said[how] = [serve(engines[how], [one], params)[0] for one in several]
+        answering[how].append(time.perf_counter() - prompts_in[how].seconds - start)
 
-    seconds = take_turns({"off": lambda: work("off"), "always": lambda: work("always")}, rounds=rounds)
+    take_turns({"off": lambda: work("off"), "always": lambda: work("always")}, rounds=rounds)
+    seconds = {how: values[1:] for how, values in answering.items()}  # the first warmed up
     stats, plain = engines["always"].stats(), reading["off"].mean + asking.seconds / reading["off"].calls
     a, v, d = sum(stats.accepted) / drafting.calls, reading["always"].mean / plain, drafting.mean / plain
     speed_up = statistics.median(seconds["off"]) / statistics.median(seconds["always"])
@@ -197,12 +201,13 @@ def main() -> None:
     parser.add_argument("--mtp", metavar="RUN", help="measure drafts on this run instead")
     parser.add_argument("--text", type=Path, default=Path(__file__), help="file whose pieces are the prompts (default: this one)")
     parser.add_argument("--drafts", type=int, default=1, help="a step (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=MTP_PROMPTS, help="with --mtp (default: %(default)s)")
     parser.add_argument("--new", type=int, default=NEW, help="tokens of an answer with --mtp (default: %(default)s)")
     parser.add_argument("--right", type=float, metavar="SHARE", help="exchange drafts so that this share of them is right")
     parser.add_argument("--ordinary", action="store_true", help="without the captured step")
     args = parser.parse_args()
     if args.mtp:
-        drafts_against_none(args.mtp, args.text, args.rounds, args.drafts, args.new, not args.ordinary, args.right)
+        drafts_against_none(args.mtp, args.text, args.rounds, args.drafts, args.prompts, args.new, not args.ordinary, args.right)
     else:
         against_transformers(args.rounds)
 

@@ -20,7 +20,6 @@ used, the others are tried again from time to time. Where none has won for long,
 MTP read along; it is tried again with later texts.
 """
 
-import statistics
 from collections import deque
 
 _TRIES = 4  # steps before a count of drafts is judged
@@ -70,7 +69,8 @@ class Drafter:
             return
         steps = self._steps.setdefault((rows, drafts), deque(maxlen=_WINDOW))
         steps.append((seconds, tokens))
-        self._rates[rows, drafts] = sum(pair[1] for pair in steps) / len(steps) / statistics.median(pair[0] for pair in steps)
+        each = sorted(pair[0] for pair in steps)
+        self._rates[rows, drafts] = sum(pair[1] for pair in steps) / len(steps) / each[len(each) // 2]
         if self._losses >= _LOSSES:
             self._resting, self._losses = _REST, 0
             self._steps.clear()
