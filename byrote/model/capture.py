@@ -34,7 +34,7 @@ from byrote.model.draft_tape import write_draft_tape
 from byrote.model.linear import GroupedLinear, Linear
 from byrote.model.moe import MoE
 from byrote.model.mtp import check_draft, follow
-from byrote.model.state import DecodeState, Track
+from byrote.model.state import DecodeState, Drawers, Entries, Tail, Track
 from byrote.model.tape import write_tape
 from byrote.model.transformer import Model, Output
 
@@ -63,6 +63,7 @@ class Captured:
         self.model, self.reason = model, ""
         self._tape, self._drafter, self._watch = write_tape(model), write_draft_tape(model), _Watch(model)
         self._text: Callable[[], DecodeState | None] = _no_text  # a weak reference: the state of the last call
+        self._is_plain = True  # whether that state's caches are those a tape writes to
         self._drafts_from_streams = model.config.mtp is not None and model.config.mtp.form == "streams"
 
     @property
@@ -109,15 +110,15 @@ class Captured:
     def _takes(self, tokens_BT: Tensor, state: DecodeState, want: frozenset[str]) -> bool:
         few = 0 < tokens_BT.numel() <= cpu.MOST_ROWS and want <= _EXTRAS and not self.model.packs
         free = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")) and native.can_take(tokens_BT) and native.is_enabled()
-        return few and free and all(map(_is_plain_track, state.caches)) and not (state.drafts and self._drafts_from_streams)
+        return few and free and not (state.drafts and self._drafts_from_streams)
 
     def _is_current(self, state: DecodeState) -> bool:
         """Whether the tape stands for the model as it is now; looked at before every text, and a new tape written where it does not."""
         if self._text() is not state:
-            self._text = weakref.ref(state)
+            self._text, self._is_plain = weakref.ref(state), all(map(_is_plain, state.caches))
             if self._watch.has_changed():
                 self._write_again()
-        return not self.reason
+        return self._is_plain and not self.reason
 
     def _write_again(self) -> None:
         try:
@@ -131,12 +132,14 @@ def _no_text() -> None:
     return None
 
 
-def _is_plain_track(cache: Any) -> bool:
-    return type(cache) is Track and cache.values.dtype == torch.float32
+def _is_plain(cache: Any) -> bool:
+    if type(cache) is Drawers:
+        return all(map(_is_plain, cache.parts.values()))
+    return type(cache) in (Track, Tail, Entries) and cache.values.dtype == torch.float32
 
 
 def _is_plain_draft(state: DecodeState) -> bool:
-    return all(_is_plain_track(draft["attention"]) and draft["pending"].values.dtype == torch.float32 for draft in state.drafts)
+    return all(map(_is_plain, state.drafts))
 
 
 def _values(tables: list[dict[str, Any]]) -> Iterator[Any]:

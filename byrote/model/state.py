@@ -28,6 +28,7 @@ from byrote.memory.ngram import NgramHistory
 from byrote.model.documents import document_runs, mask_padding
 
 _FIRST_CAPACITY = 256
+_TAIL_ROOM = 64  # entries that a tail extends by before it is copied to a new buffer
 
 
 class Cache(Protocol):
@@ -85,6 +86,20 @@ class Tail:
     def __init__(self, batch: int, shape: tuple[int, ...], reach: int, max_rollback: int, dtype: torch.dtype, device: torch.device) -> None:
         self.reach = reach
         self.values = torch.zeros(batch, reach + max_rollback, *shape, dtype=dtype, device=device)
+        self._buffer, self._extended, self._end = self.values, self.values, reach + max_rollback
+
+    def extend(self, tokens: int) -> tuple[Tensor, int]:
+        """Make room for entries that the caller writes: (buffer, place of the first new one); what they look back on lies before it.
+
+        Behind what was extended last, where there is room, and nobody has seen that place: cut, restored or selected values are others.
+        """
+        keep = self.values.shape[1]
+        if self._extended is not self.values or self._end + tokens > self._buffer.shape[1]:
+            self._buffer = self.values.new_empty(len(self.values), keep + max(tokens, _TAIL_ROOM), *self.values.shape[2:])
+            self._buffer[:, :keep], self._end = self.values, keep
+        start, self._end = self._end, self._end + tokens
+        self.values = self._extended = self._buffer[:, self._end - keep : self._end]
+        return self._buffer, start
 
     def append(self, new_BT: Tensor) -> Tensor:
         """Add T entries; returns [B, reach + T, ...]: what the new entries may look back on, then they themselves."""
@@ -121,16 +136,20 @@ class Entries:
 
     def append(self, new_BEW: Tensor, closes_BT: Tensor, limit: int) -> Tensor:
         """Add each row's entries, one per token that closes a group, in order; rows never hold more than `limit`. Returns all."""
-        self._closing.append(closes_BT)
-        if not new_BEW.shape[1]:
-            return self.values
-        added_B = closes_BT.sum(1)
-        self.values = _grown(self.values, limit)
-        keep_BE = torch.arange(new_BEW.shape[1], device=added_B.device) < added_B[:, None]
-        row, entry = keep_BE.nonzero(as_tuple=True)
-        self.values[row, self.counts_B[row] + entry] = new_BEW[row, entry].to(self.values.dtype)
-        self.counts_B = self.counts_B + added_B
+        held_B = self.extend(closes_BT, limit, closes=new_BEW.shape[1] > 0)
+        if new_BEW.shape[1]:
+            keep_BE = torch.arange(new_BEW.shape[1], device=held_B.device) < (self.counts_B - held_B)[:, None]
+            row, entry = keep_BE.nonzero(as_tuple=True)
+            self.values[row, held_B[row] + entry] = new_BEW[row, entry].to(self.values.dtype)
         return self.values
+
+    def extend(self, closes_BT: Tensor, limit: int, *, closes: bool) -> Tensor:
+        """Make room for entries that the caller writes into `values` behind the returned counts [B]; `closes`: whether there is any."""
+        self._closing.append(closes_BT)
+        held_B = self.counts_B
+        if closes:
+            self.values, self.counts_B = _grown(self.values, limit), held_B + closes_BT.sum(1)
+        return held_B
 
     def rollback(self, tokens: int) -> None:
         closing_BT = self._closing.values

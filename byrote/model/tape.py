@@ -7,7 +7,8 @@ Shapes: M rows = batch · tokens, D model, R streams, H heads, C latent, K rotar
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -19,7 +20,9 @@ from byrote.kernels.decode_step import cpu
 from byrote.kernels.decode_step.cpu import MOST_ROWS, Code, Flag
 from byrote.model.batch import Batch
 from byrote.model.block import Block
-from byrote.model.config import MLAConfig, ModelConfig, MoEConfig
+from byrote.model.config import DSAConfig, MLAConfig, ModelConfig, MoEConfig
+from byrote.model.csa import V4Attention
+from byrote.model.dsa import DSA
 from byrote.model.engram import Engram
 from byrote.model.hyper_connection import FreeSite, ManifoldReadOut, ManifoldSite, MeanReadOut, PlainReadOut, PlainSite
 from byrote.model.linear import GroupedLinear, Linear
@@ -28,23 +31,26 @@ from byrote.model.moe import Experts, FeedForward, LocalSort, MoE
 from byrote.model.norm import RMSNorm
 from byrote.model.rope import amplitude, frequencies, softmax_factor
 from byrote.model.state import Track
+from byrote.model.tape_sparse import SparseLatents, WindowBlock, rows_of
 from byrote.model.transformer import Model
 
 
 def write_tape(model: Model) -> "Tape":
     """The tape of a model as it stands. Raises ConfigError for what a tape cannot express."""
     _check(model)
-    writer = Writer(model)
+    writer = _Writer(model)
     writer.model()
     return Tape(model, writer)
 
 
 def _check(model: Model) -> None:
     c = model.config
-    for layer in range(c.num_layers):
+    for layer, latent in _latents_of(c).items():
         kind = c.attention_of(layer)
-        if type(kind) is not MLAConfig or kind != c.attention_of(0):
-            _refuse(f"the attention of block {layer}", type(kind).__name__, "a tape has MLAConfig alone, the same in all blocks")
+        if latent != next(iter(_latents_of(c).values())):
+            _refuse(f"the attention of block {layer}", type(kind).__name__, "a tape has one size and rope of latents for all blocks that have some")
+        if isinstance(kind, DSAConfig) and kind.index_fp8:
+            _refuse(f"the indexer of block {layer}", "rounded to FP8", "a tape computes in fp32")
     if c.residual.streams > cpu.MOST_STREAMS:
         _refuse("residual.num_streams", c.residual.streams, f"a tape takes up to {cpu.MOST_STREAMS}")
     if c.moe is not None and c.moe.top_k > cpu.MOST_CHOSEN:
@@ -54,6 +60,13 @@ def _check(model: Model) -> None:
             _refuse(f"a forward hook on {name or 'the model'}", "set", "a tape calls none")
     if model.embed.weight.device.type == "cpu" and cpu.library() is None:  # compiled only where it could serve
         _refuse("its C library", "not at hand", str(native.status()["reason"]))
+
+
+def _latents_of(c: ModelConfig) -> dict[int, MLAConfig]:
+    """The latent attention of every block that has one."""
+    kinds = {layer: c.attention_of(layer) for layer in range(c.num_layers)}
+    kinds |= {layer: kind.mla for layer, kind in kinds.items() if isinstance(kind, DSAConfig)}
+    return {layer: kind for layer, kind in kinds.items() if isinstance(kind, MLAConfig)}
 
 
 def _refuse(what: str, got: object, allowed: str) -> NoReturn:
@@ -71,7 +84,7 @@ def _check_linear(layer: Linear) -> None:
         _refuse("Linear.matmul", repr(layer.matmul), "a tape has PyTorch's product alone")
 
 
-class Writer:
+class _Writer:
     """Collects operations and the tensors they point to."""
 
     def __init__(self, model: Model) -> None:
@@ -79,7 +92,9 @@ class Writer:
         self.ops: list[cpu.Op] = []
         self.held: list[Tensor] = []
         self.longest_row = self.active_numbers = 0  # widest row that is normed; weights that one row reads
+        self.sparse: dict[int, SparseLatents | WindowBlock] = {}  # blocks that prepare their own caches
         self._buffers: dict[str, Tensor] = {}
+        self._made: dict[Hashable, Any] = {}
         self.streams = self.buffer("streams", model.config.residual.streams * model.config.dim)
 
     # ── operations ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -90,6 +105,16 @@ class Writer:
         if key not in self._buffers:
             self._buffers[key] = torch.zeros(MOST_ROWS, width, dtype=torch.float32, device="cpu")
         return self._buffers[key]
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made once a tape."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def expect(self, module: nn.Module, kind: type[nn.Module]) -> None:
+        """Refuse a module of any other type."""
+        _expect(module, kind)
 
     def weight(self, tensor: Tensor) -> int:
         """Its address; the tape keeps it alive."""
@@ -164,8 +189,10 @@ class Writer:
 
     def model(self) -> None:
         model, dim = self._model, self.config.dim
-        self.op(Code.EMBED, y=self.streams, w=(model.embed.weight,), sync=False)
-        self.op(Code.TURN)
+        turns = bool(_latents_of(self.config))
+        self.op(Code.EMBED, y=self.streams, w=(model.embed.weight,), sync=not turns)
+        if turns:
+            self.op(Code.TURN)
         for layer, block in enumerate(model.blocks):
             self.block(layer, block)
         x = self.read_out(model.read_out)
@@ -237,24 +264,34 @@ class Writer:
     # ── sub-layers ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def attention(self, layer: int, attn: Any, x: Tensor, norm: RMSNorm) -> None:
+        if type(attn) is V4Attention:
+            self.sparse[layer] = WindowBlock(self, attn, x, norm)
+        elif type(attn) is DSA:
+            self.sparse[layer] = SparseLatents(self, layer, attn, x, norm)
+        else:
+            self.latent_attention(layer, attn, x, norm)
+
+    def latent_attention(self, layer: int, attn: Any, x: Tensor, norm: RMSNorm) -> None:
+        _expect(attn, MLA)
+        query, _ = self.latents(layer, attn, x, norm)
+        heads, (out, flags) = self.buffer("heads", attn.config.num_heads * attn.config.v_head_dim), self.result()
+        self.op(Code.ATTEND, x=query, y=heads, w=(attn.kv_b.weight,), index=layer)
+        self.linear(heads, attn.o, out, flags=flags)
+
+    def latents(self, layer: int, attn: MLA, x: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """(queries, what they are made of, not normed yet); what is kept goes to the cache."""
         _expect(attn, MLA)
         c = attn.config
         kept, query = self.buffer("kept", c.kv_lora_rank + c.qk_rope_head_dim), self.buffer("query", c.num_heads * c.qk_head_dim)
-        heads = self.buffer("heads", c.num_heads * c.v_head_dim)
-        if c.q_lora_rank is None:
-            self.linear(x, attn.q, query, norm=norm, sync=False)
-        else:
-            low = self.buffer("low", c.q_lora_rank)
-            self.linear(x, attn.q_a, low, norm=norm, sync=False)
+        source = x if c.q_lora_rank is None else self.buffer("low", c.q_lora_rank)
+        self.linear(x, *((attn.q, query) if c.q_lora_rank is None else (attn.q_a, source)), norm=norm, sync=False)
         self.linear(x, attn.kv_a, kept, norm=norm)
         if c.q_lora_rank is not None:
-            self.linear(low, attn.q_b, query, norm=attn.q_a_norm, sync=False)
+            self.linear(source, attn.q_b, query, norm=attn.q_a_norm, sync=False)
         _expect(attn.kv_a_norm, RMSNorm)
         self.op(Code.LATENT, x=kept, w=(attn.kv_a_norm.weight,), index=layer, eps=attn.kv_a_norm.eps)
         _check_linear(attn.kv_b)
-        self.op(Code.ATTEND, x=query, y=heads, w=(attn.kv_b.weight,), index=layer)
-        out, flags = self.result()
-        self.linear(heads, attn.o, out, flags=flags)
+        return query, source
 
     def feed_forward(self, ffn: Any, x: Tensor, norm: RMSNorm) -> None:
         _expect(ffn, FeedForward)
@@ -270,6 +307,8 @@ class Writer:
             between = self.buffer("hidden", moe.shared.down.weight.shape[1])
             self.linear(x, moe.shared.gate_up, between, norm=norm, flags=Flag.GATES)
         self.op(Code.ROUTE, x=logits, w=(moe.bias,), sync=False)
+        if moe.table_VK is not None:
+            self.ops[-1].w[1] = self.table(moe.table_VK, c.num_experts)
         up, down = moe.experts.gate_up.weight, moe.experts.down.weight
         self.op(Code.EXPERTS_UP, x=x, y=hidden, w=(up, norm.weight), width=self.config.dim, eps=norm.eps)
         if moe.shared is not None:
@@ -287,9 +326,15 @@ class Writer:
                 _refuse("GroupedLinear.matmul", repr(part.matmul), "a tape has the plain product alone")
         if type(moe.dispatcher) is not LocalSort:
             _refuse("MoE.dispatcher", type(moe.dispatcher).__name__, "a tape has all experts at hand")
-        if moe.bias is None:
-            _refuse("the router", "a table by token id", "a tape routes by score")
         return moe.config
+
+    def table(self, table_VK: Tensor, num_experts: int) -> int:
+        """The address of experts by token id."""
+        low, high = (int(end) for end in torch.aminmax(table_VK))
+        if table_VK.device.type != "cpu" or table_VK.dtype != torch.int64 or not table_VK.is_contiguous() or low < 0 or high >= num_experts:
+            _refuse("a table of experts", f"{low} .. {high} on {table_VK.device}", "a tape needs existing experts, side by side on the CPU")
+        self.held.append(table_VK)
+        return table_VK.data_ptr()
 
 
 # ── the tape ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -298,9 +343,9 @@ class Writer:
 class Tape:
     """Operations, what they point to, and the call that runs them."""
 
-    def __init__(self, model: Model, writer: Writer) -> None:
+    def __init__(self, model: Model, writer: _Writer) -> None:
         self._config, self._held, self.active_numbers = model.config, writer, writer.active_numbers
-        self._sizes = sizes_of(model.config, writer)
+        self._sizes, self._sparse = _sizes(model.config, writer), writer.sparse
         self._ops = cpu.tape_of(writer.ops)
         self._own_numbers = cpu.own_numbers(writer.longest_row, model.config.moe.top_k if model.config.moe else 0)
         self._own = native.empty((0,), torch.float32)
@@ -314,10 +359,10 @@ class Tape:
         """(final hidden state [B, T, D], logits [B, T, V]) of a prepared batch, which its state then holds."""
         state, (B, T) = batch.state, batch.tokens_BT.shape
         assert state is not None, "a captured step is one of decoding"
-        for entry, cache in zip(self._caches, state.caches, strict=True):
-            assert isinstance(cache, Track), "the caller looks for other caches"
-            cache.extend(T)
-            entry.start, entry.stride = cache.values.data_ptr(), cache.values.stride(0)
+        if self._sparse:
+            batch = replace(batch, place_BT=batch.place_BT.contiguous())  # C reads it where it lies
+        for layer, cache in enumerate(state.caches):
+            self._caches[layer] = self._sparse[layer].prepare(cache, batch) if layer in self._sparse else _with_room(cache, T)
         tails = [state.tails[slot] for slot in range(self._num_tails)]
         fresh = [torch.empty_like(tail.values) for tail in tails]
         for slot, (tail, values) in enumerate(zip(tails, fresh, strict=True)):
@@ -346,15 +391,16 @@ class Tape:
         cpu.run(self._sizes, self._ops, call)
 
 
-def sizes_of(c: ModelConfig, writer: Writer) -> cpu.Sizes:
-    a, m, e, r = c.attention_of(0), c.moe, c.engram, c.residual
-    assert isinstance(a, MLAConfig), "_check comes first"
-    frequencies_K = frequencies(a.qk_rope_head_dim, a.rope)
+def _with_room(cache: Track, tokens: int) -> cpu.Kept:
+    cache.extend(tokens)
+    return rows_of(cache)
+
+
+def _sizes(c: ModelConfig, writer: _Writer) -> cpu.Sizes:
+    m, e, r = c.moe, c.engram, c.residual
     sizes = cpu.Sizes(dim=c.dim, streams=r.streams, vocab=c.vocab_size, sinkhorn_iters=r.sinkhorn_iters, mix_eps=r.eps)
-    sizes.heads, sizes.latent, sizes.rope = a.num_heads, a.kv_lora_rank, a.qk_rope_head_dim
-    sizes.nope, sizes.value, sizes.half = a.qk_nope_head_dim, a.v_head_dim, a.rope.layout == "half"
-    sizes.attend_scale, sizes.turn_scale = a.qk_head_dim**-0.5 * softmax_factor(a.rope.yarn), amplitude(a.rope.yarn)
-    sizes.frequencies, sizes.turn = writer.weight(frequencies_K), writer.buffer("turn", a.qk_rope_head_dim).data_ptr()
+    for a in list(_latents_of(c).values())[:1]:  # `_check` has seen that all are the same
+        _size_latents(sizes, a, writer)
     sizes.limit = float("inf") if c.swiglu_limit is None else c.swiglu_limit
     if m is not None:
         sizes.experts, sizes.top_k, sizes.hidden, sizes.route_scale = m.num_experts, m.top_k, m.expert_hidden, m.route_scale
@@ -363,3 +409,11 @@ def sizes_of(c: ModelConfig, writer: Writer) -> cpu.Sizes:
     if e is not None:
         sizes.taps, sizes.dilation, sizes.hard = e.conv_kernel, e.dilation, e.gate == "hard"
     return sizes
+
+
+def _size_latents(sizes: cpu.Sizes, a: MLAConfig, writer: _Writer) -> None:
+    frequencies_K = frequencies(a.qk_rope_head_dim, a.rope)
+    sizes.heads, sizes.latent, sizes.rope = a.num_heads, a.kv_lora_rank, a.qk_rope_head_dim
+    sizes.nope, sizes.value, sizes.half = a.qk_nope_head_dim, a.v_head_dim, a.rope.layout == "half"
+    sizes.attend_scale, sizes.turn_scale = a.qk_head_dim**-0.5 * softmax_factor(a.rope.yarn), amplitude(a.rope.yarn)
+    sizes.frequencies, sizes.turn = writer.weight(frequencies_K), writer.buffer("turn", a.qk_rope_head_dim).data_ptr()

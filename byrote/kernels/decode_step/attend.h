@@ -22,16 +22,18 @@ static void turn_op(worker *w, const op *o) {
         }
 }
 
-INLINE void rotate(const sizes *s, float *to, const float *from, long m) {
+INLINE void rotate_as(const sizes *s, float *to, const float *from, long m, const long is_half) {
     const long pairs = s->rope / 2;
     const float *cos = s->turn + m * s->rope, *sin = cos + pairs;
     for (long p = 0; p < pairs; p++) {
-        const long i = s->half ? p : 2 * p, j = s->half ? p + pairs : 2 * p + 1;
+        const long i = is_half ? p : 2 * p, j = is_half ? p + pairs : 2 * p + 1;
         const float a = from[i], b = from[j];
         to[i] = a * cos[p] - b * sin[p];
         to[j] = a * sin[p] + b * cos[p];
     }
 }
+
+INLINE void rotate(const sizes *s, float *to, const float *from, long m) { rotate_as(s, to, from, m, s->half); }
 
 INLINE float *kept_at(const worker *w, const op *o, long text, long place) {
     const kept *k = w->c->caches + o->index;
@@ -79,16 +81,20 @@ INLINE int sees(const worker *w, const glance *g, int q, long key) {
 
 INLINE long round_lanes(long count) { return (count + LANES - 1) / LANES * LANES; }
 
-/* Scores of one query -> exponentials against a maximum that only rises; what was summed under a lower one is scaled down. */
-INLINE void weigh_query(worker *w, glance *g, int q, long first, long count) {
+/* Scores of the keys [first, first + count) that query q does not see become -infinity. */
+INLINE void hide_keys(worker *w, glance *g, int q, long first, long count) {
     const long open = w->c->document ? 0 : w->c->before + 1; /* every query sees the keys before this one */
+    for (long k = open > first ? open - first : 0; k < count; k++)
+        if (!sees(w, g, q, first + k)) g->weight[q][k] = -__builtin_inff();
+}
+
+/* Scores of one query -> exponentials against a maximum that only rises; what was summed under a lower one is scaled down. */
+INLINE void weigh_query(glance *g, int q, long count, float scale) {
     float *weight = g->weight[q];
     lanes high = splat(g->top[q]), total = {0};
-    for (long k = open > first ? open - first : 0; k < count; k++)
-        if (!sees(w, g, q, first + k)) weight[k] = -__builtin_inff();
     for (long k = count; k < round_lanes(count); k++) weight[k] = -__builtin_inff();
     for (long k = 0; k < count; k += LANES) {
-        const lanes v = load(weight + k) * w->s->attend_scale;
+        const lanes v = load(weight + k) * scale;
         store(weight + k, v);
         high = select_lanes(v > high, v, high);
     }
@@ -131,8 +137,8 @@ INLINE void sum_panel(glance *g, const float *keys, long stride, long count, lon
         for (int v = 0; v < vecs; v++) store(g->sum + q * g->width + c + v * LANES, total[q][v]);
 }
 
-INLINE void sum_keys_for(const sizes *s, glance *g, const float *keys, long count, const int Q) {
-    const long C = s->latent, X = C + s->rope;
+/* sum[.][0 ... C) += weight times the first C numbers of the keys, which lie X apart. */
+INLINE void sum_keys_for(glance *g, const float *keys, long C, long X, long count, const int Q) {
     long c = 0;
     for (; c + 4 * LANES <= C; c += 4 * LANES) sum_panel(g, keys, X, count, c, LANES, 4, Q);
     if (c + 2 * LANES <= C) sum_panel(g, keys, X, count, c, LANES, 2, Q), c += 2 * LANES;
@@ -140,16 +146,28 @@ INLINE void sum_keys_for(const sizes *s, glance *g, const float *keys, long coun
     if (c < C) sum_panel(g, keys, X, count, c, C - c, 1, Q);
 }
 
-INLINE void read_keys(worker *w, const op *o, glance *g, long first, long count) {
-    const long X = w->s->latent + w->s->rope;
-    const float *keys = kept_at(w, o, g->text, first);
+static void sum_keys(glance *g, const float *keys, long C, long X, long count) {
+    if (g->count == 1) sum_keys_for(g, keys, C, X, count, 1);
+    else if (g->count == 2) sum_keys_for(g, keys, C, X, count, 2);
+    else sum_keys_for(g, keys, C, X, count, QUERIES);
+}
+
+/* Scores of `count` keys, X numbers each. */
+INLINE void score_keys(glance *g, const float *keys, long X, long count) {
     product p = {.weight = keys, .width = X, .stride = X, .outputs = count, .count = g->count};
     for (int q = 0; q < g->count; q++) p.x[q] = g->query + q * X, p.y[q] = g->weight[q];
     run_product(&p, 0, count, SET);
-    for (int q = 0; q < g->count; q++) weigh_query(w, g, q, first, count);
-    if (g->count == 1) sum_keys_for(w->s, g, keys, count, 1);
-    else if (g->count == 2) sum_keys_for(w->s, g, keys, count, 2);
-    else sum_keys_for(w->s, g, keys, count, QUERIES);
+}
+
+INLINE void read_keys(worker *w, const op *o, glance *g, long first, long count) {
+    const long C = w->s->latent, X = C + w->s->rope;
+    const float *keys = kept_at(w, o, g->text, first);
+    score_keys(g, keys, X, count);
+    for (int q = 0; q < g->count; q++) {
+        hide_keys(w, g, q, first, count);
+        weigh_query(g, q, count, w->s->attend_scale);
+    }
+    sum_keys(g, keys, C, X, count);
 }
 
 /* From the summed latents to values: W^UV. A query that saw nothing (padding) gets zeros. */

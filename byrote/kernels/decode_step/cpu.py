@@ -12,9 +12,9 @@ from pathlib import Path
 from byrote.kernels import native
 
 FOLDER = Path(__file__).parent
-HEADERS = tuple(f"decode_step/{name}.h" for name in ("tape", "rows", "attend", "experts", "streams", "draft"))
-SHARED = ("sinkhorn/sinkhorn.h", "lanes.h")
-SOURCES = (FOLDER / "decode_step.c", *(native.INCLUDE / header for header in (*HEADERS, *SHARED)))
+HEADERS = ("tape.h", "rows.h", "attend.h", "experts.h", "streams.h", "index.h", "latent_index.h", "window.h", "draft.h")
+SHARED = ("sinkhorn/sinkhorn.h", "sparse_index/threshold.h", "lanes.h")
+SOURCES = (*(FOLDER / file for file in ("decode_step.c", *HEADERS)), *(native.INCLUDE / header for header in SHARED))
 MOST_ROWS, MOST_STREAMS, MOST_CHOSEN = 16, 8, 32
 POINTERS = 8
 LINE = 16  # floats of a cache line
@@ -24,7 +24,9 @@ class Code(IntEnum):
     """What an operation does, in the order of decode_step.c."""
 
     EMBED, TURN, LINEAR, LATENT, ATTEND, ROUTE, EXPERTS_UP, EXPERTS_DOWN = range(8)
-    MANIFOLD_ENTER, FREE_ENTER, LEAVE, MEAN, NORM, MEMORY, JOIN, SPREAD = range(8, 16)
+    MANIFOLD_ENTER, FREE_ENTER, LEAVE, MEAN, NORM, MEMORY = range(8, 14)
+    INDEX_SCORE, INDEX_CHOOSE, INDEX_KEEP, ATTEND_CHOICE, WINDOW_TURN, WINDOW_KEEP, WINDOW_ATTEND, GROUPED = range(14, 22)
+    JOIN, SPREAD = range(22, 24)
 
 
 class Flag(IntFlag):

@@ -6,10 +6,13 @@
 #include "decode_step/attend.h"
 #include "decode_step/draft.h"
 #include "decode_step/experts.h"
+#include "decode_step/latent_index.h"
 #include "decode_step/streams.h"
+#include "decode_step/window.h"
 
-enum { EMBED, TURN, LINEAR, LATENT, ATTEND, ROUTE, EXPERTS_UP, EXPERTS_DOWN };
-enum { MANIFOLD_ENTER = 8, FREE_ENTER, LEAVE, MEAN, NORM, MEMORY, JOIN, SPREAD };
+enum { EMBED, TURN, LINEAR, LATENT, ATTEND, ROUTE, EXPERTS_UP, EXPERTS_DOWN, MANIFOLD_ENTER, FREE_ENTER, LEAVE, MEAN, NORM, MEMORY };
+enum { INDEX_SCORE = MEMORY + 1, INDEX_CHOOSE, INDEX_KEEP, ATTEND_CHOICE, WINDOW_TURN, WINDOW_KEEP, WINDOW_ATTEND, GROUPED };
+enum { JOIN = GROUPED + 1, SPREAD };
 enum { IS_NORMED = 1, ADDS = 2, GATES = 4, FROM_MEMORY = 8 }; /* flags of LINEAR */
 
 /* y [rows][outputs] = x W', or added to it; GATES: of twice as many outputs, y = silu(gate) * linear part. x NULL: the final
@@ -25,7 +28,10 @@ static void linear_op(worker *w, const op *o) {
 static void run_op(worker *w, const op *o) {
     static void (*const run[])(worker *, const op *) = {
         embed_op,          turn_op,       linear_op, latent_op, attend_op, route_op,  experts_up_op, experts_down_op,
-        manifold_enter_op, free_enter_op, leave_op,  mean_op,   norm_op,   memory_op, join_op,       spread_op,
+        manifold_enter_op, free_enter_op, leave_op,  mean_op,   norm_op,   memory_op,
+        [INDEX_SCORE] = index_score_op, [INDEX_CHOOSE] = index_choose_op, [INDEX_KEEP] = index_keep_op, [ATTEND_CHOICE] = attend_choice_op,
+        [WINDOW_TURN] = window_turn_op, [WINDOW_KEEP] = window_keep_op, [WINDOW_ATTEND] = window_attend_op, [GROUPED] = grouped_op,
+        [JOIN] = join_op, [SPREAD] = spread_op,
     };
     run[o->code](w, o);
 }

@@ -33,15 +33,16 @@ static void close_groups(const sizes *s, const float *biased, char *taken) {
     for (long e = 0; e < s->experts; e++) taken[e] = !open[e / size];
 }
 
-static void route_row(worker *w, const float *logits, const float *bias, long m) {
+/* `table`: [vocabulary][top_k], experts by token id, or NULL: by score and bias. */
+static void route_row(worker *w, const float *logits, const float *bias, const int64_t *table, long m) {
     const sizes *s = w->s;
     float score[s->experts], biased[s->experts], sum = 1e-20f;
     char taken[s->experts];
     memset(taken, 0, s->experts);
-    for (long e = 0; e < s->experts; e++) biased[e] = (score[e] = affinity(logits[e], s->softplus)) + bias[e];
-    if (s->top_groups < s->groups) close_groups(s, biased, taken);
+    for (long e = 0; e < s->experts; e++) biased[e] = (score[e] = affinity(logits[e], s->softplus)) + (bias ? bias[e] : 0);
+    if (!table && s->top_groups < s->groups) close_groups(s, biased, taken);
     for (long k = 0; k < s->top_k; k++) {
-        const long e = best_of(biased, taken, s->experts);
+        const long e = table ? table[w->c->ids[m] * s->top_k + k] : best_of(biased, taken, s->experts);
         taken[e] = 1;
         w->chosen[m * s->top_k + k] = e;
         sum += w->gates[m * s->top_k + k] = score[e];
@@ -49,19 +50,26 @@ static void route_row(worker *w, const float *logits, const float *bias, long m)
     for (long k = 0; k < s->top_k; k++) w->gates[m * s->top_k + k] *= (s->normalize ? 1.0f / sum : 1.0f) * s->route_scale;
 }
 
-/* x: logits [rows][experts]; w: bias. Every thread chooses for itself. */
+/* x: logits [rows][experts]; w: bias or NULL, table or NULL. Every thread chooses for itself. */
 static void route_op(worker *w, const op *o) {
-    for (long m = 0; m < w->rows; m++) route_row(w, o->x + m * w->s->experts, o->w[0], m);
+    for (long m = 0; m < w->rows; m++) route_row(w, o->x + m * w->s->experts, o->w[0], (const int64_t *)o->w[1], m);
 }
 
-/* The (row, slot) pairs of pair `first`'s expert, from `first` on, up to MOST_ROWS; 0 where an earlier pair took them along. */
+/* How often the row of pair p chose the same expert before: 0, but for tables that name one twice. */
+INLINE long times_before(const worker *w, long p) {
+    long times = 0;
+    for (long q = p - p % w->s->top_k; q < p; q++) times += w->chosen[q] == w->chosen[p];
+    return times;
+}
+
+/* The (row, slot) pairs of pair `first`'s expert, from `first` on, one a row; 0 where an earlier pair took them along. */
 static long pairs_of(const worker *w, long first, int *pairs) {
-    const long all = w->rows * w->s->top_k;
+    const long all = w->rows * w->s->top_k, times = times_before(w, first);
     long found = 0;
     for (long p = 0; p < first; p++)
-        if (w->chosen[p] == w->chosen[first]) return 0;
+        if (w->chosen[p] == w->chosen[first] && times_before(w, p) == times) return 0;
     for (long p = first; p < all; p++)
-        if (w->chosen[p] == w->chosen[first]) pairs[found++] = p; /* a row chooses an expert once, so there are at most MOST_ROWS */
+        if (w->chosen[p] == w->chosen[first] && times_before(w, p) == times) pairs[found++] = p;
     return found;
 }
 

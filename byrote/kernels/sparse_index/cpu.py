@@ -19,7 +19,7 @@ from byrote.kernels.sparse_index.sets import Chosen, Spans
 
 FOLDER = Path(__file__).parent
 SOURCES = (
-    *(FOLDER / name for name in ("select.c", "attend.c", "sparse_index.h")),
+    *(FOLDER / name for name in ("select.c", "attend.c", "sparse_index.h", "threshold.h")),
     native.INCLUDE / "product.h",
     native.INCLUDE / "lanes.h",
 )

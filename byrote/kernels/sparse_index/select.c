@@ -2,15 +2,13 @@
 
    A block of queries walks over the keys together, PANEL keys at a time: these are packed once, multiplied with the index heads of
    every query that sees some of them, and reduced to one score a key while the products are in registers. The scores of a block,
-   QUERIES times S, are all that is ever held. The K-th best is found by its bits, most significant first (radix selection):
-   exact, no sorting, and as fast for equal scores as for different ones. */
+   QUERIES times S, are all that is ever held. */
 
 #include <stdlib.h>
 #include "sparse_index.h"
+#include "threshold.h"
 
 #define QUERIES 16
-#define HIGH_BITS 11 /* of a score: the first round sees all of them, the other two only those that share these */
-#define BINS (1 << HIGH_BITS)
 
 typedef struct {
     unit *q, *panel; /* [QUERIES][J up to ROWS][units], one packed panel */
@@ -20,57 +18,13 @@ typedef struct {
     uint32_t *left;  /* candidates of the later rounds */
 } work;
 
-/* Order of floats as order of integers; NaN before all, 0 and -0 equal. */
-INLINE uint32_t rank_of(float score) {
-    uint32_t bits;
-    score += 0.0f;
-    memcpy(&bits, &score, sizeof bits);
-    return score != score ? UINT32_MAX : bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-
-/* The bin in which the `*wanted`-th largest lies; `*wanted` becomes its place inside. */
-static long bin_of(const uint32_t *counts, long bins, long *wanted) {
-    long bin = bins - 1;
-    for (; *wanted > counts[bin]; bin--) *wanted -= counts[bin];
-    return bin;
-}
-
-/* The `wanted`-th largest of n ranks; `*equals` receives how many of its equals are among the largest. */
-static uint32_t threshold(const uint32_t *rank, long n, long wanted, uint32_t *left, long *equals) {
-    uint32_t counts[BINS] = {0}, found;
-    long kept = 0;
-    for (long i = 0; i < n; i++) counts[rank[i] >> 21]++;
-    found = (uint32_t)bin_of(counts, BINS, &wanted) << 21;
-    for (long i = 0; i < n; i++)
-        if (rank[i] >> 21 == found >> 21) left[kept++] = rank[i];
-    memset(counts, 0, sizeof counts);
-    for (long i = 0; i < kept; i++) counts[left[i] >> 10 & (BINS - 1)]++;
-    found |= (uint32_t)bin_of(counts, BINS, &wanted) << 10;
-    memset(counts, 0, sizeof counts);
-    for (long i = 0; i < kept; i++)
-        if (left[i] >> 10 == found >> 10) counts[left[i] & 1023]++;
-    found |= (uint32_t)bin_of(counts, 1024, &wanted);
-    *equals = wanted;
-    return found;
-}
-
 /* Writes the choice of one query whose span is [first, end) with these scores. */
 static void choose(const selection *p, float *scores, long first, long end, uint32_t *left, int64_t *index, uint8_t *valid) {
     const long n = end - first, count = max_long(0, min_long(n, p->top_k));
-    uint32_t *rank = (uint32_t *)scores, least = 0;
-    long equals = n, at = 0;
-    if (n > p->top_k) {
-        for (long i = 0; i < n; i++) rank[i] = rank_of(scores[i]);
-        least = threshold(rank, n, p->top_k, left, &equals);
-        for (long i = 0; at < count; i++) {
-            const int equal = rank[i] == least && equals > 0;
-            index[at] = first + i;
-            at += rank[i] > least || equal;
-            equals -= equal;
-        }
-    } else
-        for (; at < count; at++) index[at] = first + at;
-    for (; at < p->top_k; at++) index[at] = 0;
+    if (n > p->top_k) pick(scores, n, p->top_k, left, first, index);
+    else
+        for (long i = 0; i < count; i++) index[i] = first + i;
+    for (long at = count; at < p->top_k; at++) index[at] = 0;
     memset(valid, 1, count);
     memset(valid + count, 0, p->top_k - count);
 }
