@@ -87,16 +87,17 @@ class Loop:
     def _choose_all(self, tokens: Sequence[Sequence[int]], result: Result) -> list[int]:
         """Choose behind every position that turns out to be right; how many of `tokens` were, row by row."""
         choices = self.batch.choices
-        if len(tokens[0]) == 1 and all(choice.params.is_plain_greedy and not choice.params.gates for choice in choices):
-            for choice, token in zip(choices, greedy(result.logits_BLV[:, 0]), strict=True):
-                self._take(choice, TokenOut(token))
-            return [1] * len(tokens)
-        return [self._choose_row(row, choice, tokens[row], result) for row, choice in enumerate(choices)]
+        best_BL = greedy(result.logits_BLV) if all(choice.is_plain for choice in choices) else None
+        return [self._choose_row(row, choice, tokens[row], result, best_BL) for row, choice in enumerate(choices)]
 
-    def _choose_row(self, row: int, choice: Choice, tokens: Sequence[int], result: Result) -> int:
+    def _choose_row(self, row: int, choice: Choice, tokens: Sequence[int], result: Result, best_BL: list[list[int]] | None) -> int:
         known = right = len(choice.ahead)
         for place in range(known - 1, len(tokens)):
-            token = self._choose_one(choice, result, row, place)
+            if best_BL is None:
+                token = self._choose_one(choice, result, row, place)
+            else:
+                token = best_BL[row][place]
+                self._take(choice, TokenOut(token))
             if choice.finish is not None or place + 1 == len(tokens) or token != tokens[place + 1]:
                 break
             right += 1

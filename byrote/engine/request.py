@@ -200,6 +200,7 @@ class Choice:
         self.max_tokens, self.stream, self.mask = max_tokens, stream, mask
         self.generator = torch.Generator()
         self.generator.seed() if params.seed is None else self.generator.manual_seed((params.seed + 0x9E3779B97F4A7C15 * index) % 2**64)
+        self.is_plain = params.is_plain_greedy and not params.gates  # the largest logit is all there is to it
         self.finish: str | None = None
         self.stopped_by: str | int | None = None
         self.cached = 0  # known tokens that the batch's state holds

@@ -75,7 +75,7 @@ class Runner:
     @torch.inference_mode()
     def draft(self, state: DecodeState, tokens: Sequence[int], count: int) -> list[list[int]]:
         """`count` guesses of what follows each of `tokens`, which follow what `state` holds."""
-        return self.model.draft(state, torch.tensor(tokens, device=state.device)[:, None], count).tolist()
+        return self._step.draft(state, torch.tensor(tokens, device=state.device)[:, None], count).tolist()
 
     @torch.inference_mode()
     def ask(self, tokens: Sequence[Sequence[int]], state: DecodeState) -> PendingRows | None:

@@ -16,6 +16,7 @@ Shapes: M rows, V vocabulary, K tokens that may be drawn.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,16 +25,16 @@ from byrote.engine.request import Choice, SamplingParams, TokenOut
 from byrote.errors import RequestError
 
 
-def greedy(logits_MV: Tensor) -> list[int]:
-    """The largest of each row."""
-    return logits_MV.argmax(-1).tolist()
+def greedy(logits: Tensor) -> Any:
+    """The largest of each row [..., V]: ids, in lists as deep as there are dimensions before V."""
+    return logits.argmax(-1).tolist()
 
 
 def choose(logits_V: Tensor, choice: Choice, gate: float | None = None) -> TokenOut:
     """One token from fp32 `logits_V` on the CPU, which stay as they are. Raises RequestError where nothing is allowed."""
     params = choice.params
     if params.is_plain_greedy:
-        return TokenOut(greedy(logits_V[None])[0], gate=gate)
+        return TokenOut(greedy(logits_V), gate=gate)
     token = _pick(preferences(logits_V, choice), params, choice.generator)
     return report(logits_V, token, params.logprobs, gate)
 

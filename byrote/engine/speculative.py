@@ -20,7 +20,6 @@ used, the others are tried again from time to time. Where none has won for long,
 MTP read along; it is tried again with later texts.
 """
 
-import statistics
 from collections import deque
 
 _TRIES = 4  # steps before a count of drafts is judged
@@ -36,6 +35,7 @@ class Drafter:
     def __init__(self, most: int, *, fixed: bool = False) -> None:
         self._most, self._fixed = most, fixed
         self._steps: dict[tuple[int, int], deque[tuple[float, float]]] = {}  # (rows, drafts) → (seconds, tokens a row)
+        self._rates: dict[tuple[int, int], float] = {}  # of the same: tokens a second of one row, as measured
         self._seen = self._losses = self._resting = 0
         self.drafted, self.accepted = [0] * most, [0] * most  # by draft position
 
@@ -58,21 +58,19 @@ class Drafter:
         self._seen += 1
         if self._seen % _PROBE_EVERY == 0:
             return self._seen // _PROBE_EVERY % (most + 1)
-        best = max(range(most + 1), key=lambda drafts: self.rate(rows, drafts))
+        best = max(range(most + 1), key=lambda drafts: self._rates[rows, drafts])
         self._losses = 0 if best else self._losses + 1
         return best
-
-    def rate(self, rows: int, drafts: int) -> float:
-        """Tokens a second of one row, as measured."""
-        seconds, tokens = zip(*self._steps[rows, drafts], strict=True)
-        return statistics.fmean(tokens) / statistics.median(seconds)
 
     def record(self, rows: int, drafts: int, seconds: float, tokens: float) -> None:
         """A step of `rows` with `drafts` took `seconds` and brought each row `tokens` further."""
         if not self.is_active:
             self._resting = max(self._resting - 1, 0)
             return
-        self._steps.setdefault((rows, drafts), deque(maxlen=_WINDOW)).append((seconds, tokens))
+        steps = self._steps.setdefault((rows, drafts), deque(maxlen=_WINDOW))
+        steps.append((seconds, tokens))
+        each = sorted(pair[0] for pair in steps)
+        self._rates[rows, drafts] = sum(pair[1] for pair in steps) / len(steps) / each[len(each) // 2]
         if self._losses >= _LOSSES:
             self._resting, self._losses = _REST, 0
             self._steps.clear()

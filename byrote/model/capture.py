@@ -30,9 +30,10 @@ from byrote.kernels import native
 from byrote.kernels.decode_step import cpu
 from byrote.memory.conditional import Rows
 from byrote.model.batch import check_tokens
+from byrote.model.draft_tape import write_draft_tape
 from byrote.model.linear import GroupedLinear, Linear
 from byrote.model.moe import MoE
-from byrote.model.mtp import follow
+from byrote.model.mtp import check_draft, follow
 from byrote.model.state import DecodeState, Drawers, Entries, Tail, Track
 from byrote.model.tape import write_tape
 from byrote.model.transformer import Model, Output
@@ -60,7 +61,7 @@ class Captured:
 
     def __init__(self, model: Model) -> None:
         self.model, self.reason = model, ""
-        self._tape, self._watch = write_tape(model), _Watch(model)
+        self._tape, self._drafter, self._watch = write_tape(model), write_draft_tape(model), _Watch(model)
         self._text: Callable[[], DecodeState | None] = _no_text  # a weak reference: the state of the last call
         self._is_plain = True  # whether that state's caches are those a tape writes to
         self._drafts_from_streams = model.config.mtp is not None and model.config.mtp.form == "streams"
@@ -90,10 +91,21 @@ class Captured:
         check_tokens(tokens_BT, self.model.config.vocab_size, targets_BT=None, document_BT=document_BT, position_BT=position_BT)
         batch = self.model._batch(tokens_BT, document_BT, position_BT, state, rows, packs)
         hidden_BTD, logits_BTV = self._tape.run(batch)
-        if state.drafts:
+        if state.drafts and self._drafter is not None and _is_plain_draft(state):
+            self._drafter.follow(state, hidden_BTD, tokens_BT)
+        elif state.drafts:
             follow(self.model._drafting(), state, hidden_BTD, tokens_BT, self.model.embed)
         logits_BTV = logits_BTV if last is None else logits_BTV[:, -last:]
         return Output(logits_BTV, {}, {}, batch.rows, {"hidden": hidden_BTD} if want else {})
+
+    def draft(self, state: DecodeState, token_B1: Tensor, count: int = 1) -> Tensor:
+        """As `Model.draft`."""
+        check_draft(state, count)
+        free = native.can_take(token_B1) and native.is_enabled() and not torch.is_autocast_enabled("cpu") and _is_plain_draft(state)
+        if not (free and len(token_B1) <= cpu.MOST_ROWS and self._is_current(state) and self._drafter is not None):
+            return self.model.draft(state, token_B1, count)
+        check_tokens(token_B1, self.model.config.vocab_size, targets_BT=None)
+        return self._drafter.draft(state, token_B1, count)
 
     def _takes(self, tokens_BT: Tensor, state: DecodeState, want: frozenset[str]) -> bool:
         few = 0 < tokens_BT.numel() <= cpu.MOST_ROWS and want <= _EXTRAS and not self.model.packs
@@ -110,7 +122,7 @@ class Captured:
 
     def _write_again(self) -> None:
         try:
-            self._tape, self.reason = write_tape(self.model), ""
+            self._tape, self._drafter, self.reason = write_tape(self.model), write_draft_tape(self.model), ""
         except ConfigError as error:
             self.reason = str(error)
         self._watch = _Watch(self.model)
@@ -124,6 +136,10 @@ def _is_plain(cache: Any) -> bool:
     if type(cache) is Drawers:
         return all(map(_is_plain, cache.parts.values()))
     return type(cache) in (Track, Tail, Entries) and cache.values.dtype == torch.float32
+
+
+def _is_plain_draft(state: DecodeState) -> bool:
+    return all(map(_is_plain, state.drafts))
 
 
 def _values(tables: list[dict[str, Any]]) -> Iterator[Any]:

@@ -77,7 +77,7 @@ def _expect(module: nn.Module, kind: type[nn.Module]) -> None:
         _refuse(f"a {kind.__name__}", type(module).__name__, "a tape knows byrote's own modules alone")
 
 
-def _check_linear(layer: Linear | GroupedLinear, kind: type[Linear] | type[GroupedLinear] = Linear) -> Tensor | None:
+def scale_of(layer: Linear | GroupedLinear, kind: type[Linear] | type[GroupedLinear] = Linear) -> Tensor | None:
     """The scales of a layer with int8 weights, None of a plain one; any other is refused."""
     _expect(layer, kind)
     if isinstance(layer.matmul, Int8Matmul | GroupedInt8Matmul):
@@ -151,6 +151,10 @@ class _Writer:
         self.longest_row = max(self.longest_row, width)
         self.ops.append(entry)
 
+    def gain(self, norm: RMSNorm) -> Tensor:
+        _expect(norm, RMSNorm)
+        return norm.weight
+
     def linear(
         self,
         x: Tensor | None,
@@ -162,7 +166,7 @@ class _Writer:
         sync: bool = True,
         index: int = 0,
     ) -> None:
-        scale = _check_linear(layer)
+        scale = scale_of(layer)
         self.product(x, layer.weight, y, scale=scale, norm=norm, flags=flags, sync=sync, index=index)
 
     def product(
@@ -311,7 +315,7 @@ class _Writer:
             self.linear(source, attn.q_b, query, norm=attn.q_a_norm, sync=False)
         _expect(attn.kv_a_norm, RMSNorm)
         self.op(Code.LATENT, x=kept, w=(attn.kv_a_norm.weight,), index=layer, eps=attn.kv_a_norm.eps)
-        _check_linear(attn.kv_b)
+        scale_of(attn.kv_b)
         return query, source
 
     def feed_forward(self, ffn: Any, x: Tensor, norm: RMSNorm) -> None:
@@ -330,7 +334,7 @@ class _Writer:
         self.op(Code.ROUTE, x=logits, w=(moe.bias,), sync=False)
         if moe.table_VK is not None:
             self.ops[-1].w[1] = self.table(moe.table_VK, c.num_experts)
-        up, down = ((part.weight, _check_linear(part, GroupedLinear)) for part in (moe.experts.gate_up, moe.experts.down))
+        up, down = ((part.weight, scale_of(part, GroupedLinear)) for part in (moe.experts.gate_up, moe.experts.down))
         self.op(Code.EXPERTS_UP, x=x, y=hidden, w=(up[0], norm.weight), scale=up[1], width=self.config.dim, eps=norm.eps)
         if moe.shared is not None:
             self.linear(between, moe.shared.down, out, flags=flags, sync=False)

@@ -6,6 +6,7 @@ import torch
 from byrote.engine.cache import PAGE
 from byrote.engine.request import SamplingParams
 from byrote.errors import MemoryPackError, RequestError
+from byrote.model.config import MTPConfig
 from byrote.model.pack import Pack, PackFacts, attach, base_fingerprint, new_pack
 from byrote.model.transformer import Model
 from tests.engine.small import Bytes, answers, drain, engine_of, prompts, said, tiny, twin
@@ -30,9 +31,10 @@ def with_packs(engine):
     return engine
 
 
-def test_requests_with_different_packs_share_a_batch():
-    model, asked = tiny(), prompts(6, longest=40)
-    engine = with_packs(engine_of(model, max_batch=6))
+@pytest.mark.parametrize("speculate", ["off", "always"])
+def test_requests_with_different_packs_share_a_batch(speculate):
+    model, asked = build(whole(mtp=MTPConfig())), prompts(6, longest=40)
+    engine = with_packs(engine_of(model, max_batch=6, speculate=speculate))
     chosen = ["law", None, "med", "law", None, "med"]
     names = [engine.add_request(one, PARAMS, pack=pack) for one, pack in zip(asked, chosen, strict=True)]
     got = said(drain(engine))

@@ -36,9 +36,9 @@ def with_oracle(engine: Engine, model: Model, known: dict[int, Sequence[int]], w
 
 
 @pytest.mark.parametrize("captured", [False, True])
-@pytest.mark.parametrize("form", ["joined", "streams"])
-def test_greedy_answers_with_the_models_own_drafts_are_the_slow_twins(form, captured):
-    model, asked = build(whole(mtp=MTPConfig(depth=2, form=form))), prompts(5, longest=40)
+@pytest.mark.parametrize("mtp", [MTPConfig(), MTPConfig(depth=2), MTPConfig(depth=2, form="streams")], ids=repr)
+def test_greedy_answers_with_the_models_own_drafts_are_the_slow_twins(mtp, captured):
+    model, asked = build(whole(mtp=mtp)), prompts(5, longest=40)
     engine = engine_of(model, speculate="always", max_batch=3, captured=captured)
     params = SamplingParams(max_tokens=20, temperature=0.0)
     assert answers(engine, asked, params) == [twin(model, one, 20) for one in asked]
@@ -64,14 +64,14 @@ def test_texts_that_accept_differently_stay_right(batch, wrong_every):
 
 
 def test_sampled_answers_are_the_same_draws_as_without_drafts():
-    model, asked = tiny(), prompts(6, longest=20)
+    model, asked = build(whole(mtp=MTPConfig())), prompts(6, longest=20)
     params = [SamplingParams(max_tokens=15, temperature=0.7, seed=seed, top_k=4, frequency_penalty=0.3) for seed in range(6)]
     assert answers(engine_of(model, speculate="always"), asked, params) == answers(engine_of(model), asked, params)
 
 
 def test_sampled_answers_have_the_models_distribution():
     """χ² of the pairs of tokens that 1,536 answers begin with, against the model's own probabilities; 0.999 quantile."""
-    model, ids, count = build(whole(vocab_size=VOCAB_SMALL, init_std=0.1, num_layers=1, engram=None)), [1, 2, 3], 1536
+    model, ids, count = build(whole(vocab_size=VOCAB_SMALL, init_std=0.1, num_layers=1, engram=None, mtp=MTPConfig())), [1, 2, 3], 1536
     engine = engine_of(model, speculate="always", max_drafts=1, max_waiting=count)
     for seed in range(count // 16):
         engine.add_request(ids, SamplingParams(max_tokens=3, temperature=1.0, seed=seed, n=16))

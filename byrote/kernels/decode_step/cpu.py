@@ -12,7 +12,7 @@ from pathlib import Path
 from byrote.kernels import native
 
 FOLDER = Path(__file__).parent
-HEADERS = ("tape.h", "rows.h", "attend.h", "experts.h", "streams.h", "index.h", "latent_index.h", "window.h")
+HEADERS = ("tape.h", "rows.h", "attend.h", "experts.h", "streams.h", "index.h", "latent_index.h", "window.h", "draft.h")
 SHARED = ("sinkhorn/sinkhorn.h", "sparse_index/threshold.h", "lanes.h")
 SOURCES = (*(FOLDER / file for file in ("decode_step.c", *HEADERS)), *(native.INCLUDE / header for header in SHARED))
 MOST_ROWS, MOST_STREAMS, MOST_CHOSEN = 16, 8, 32
@@ -26,6 +26,7 @@ class Code(IntEnum):
     EMBED, TURN, LINEAR, LATENT, ATTEND, ROUTE, EXPERTS_UP, EXPERTS_DOWN = range(8)
     MANIFOLD_ENTER, FREE_ENTER, LEAVE, MEAN, NORM, MEMORY = range(8, 14)
     INDEX_SCORE, INDEX_CHOOSE, INDEX_KEEP, ATTEND_CHOICE, WINDOW_TURN, WINDOW_KEEP, WINDOW_ATTEND, GROUPED = range(14, 22)
+    JOIN, SPREAD = range(22, 24)
 
 
 class Flag(IntFlag):
@@ -80,7 +81,8 @@ class Call(Structure):
     )
 
 
-FUNCTIONS = {"decode_step": (POINTER(Sizes), POINTER(Op), c_long, POINTER(Call))}
+_STEP = (POINTER(Sizes), POINTER(Op), c_long, POINTER(Call))
+FUNCTIONS = {"decode_step": _STEP, "decode_drafts": (*_STEP, c_long, c_void_p)}
 
 
 def library() -> ctypes.CDLL | None:
@@ -104,3 +106,10 @@ def run(sizes: Sizes, tape: ctypes.Array[Op], call: Call) -> None:
     opened = library()
     assert opened is not None, "a tape is written only where there is a library"
     native.check(opened.decode_step(sizes, tape, len(tape), call))
+
+
+def run_drafts(sizes: Sizes, tape: ctypes.Array[Op], call: Call, steps: int, picked: int | None) -> None:
+    """Walk a tape that drafts `steps` times; `picked`: where the ids go, int64 [steps, batch]."""
+    opened = library()
+    assert opened is not None, "a tape is written only where there is a library"
+    native.check(opened.decode_drafts(sizes, tape, len(tape), call, steps, picked))

@@ -5,6 +5,7 @@
    but weights that may be int8. What each operation reads and writes stands with it. */
 
 #include "decode_step/attend.h"
+#include "decode_step/draft.h"
 #include "decode_step/experts.h"
 #include "decode_step/latent_index.h"
 #include "decode_step/streams.h"
@@ -12,6 +13,7 @@
 
 enum { EMBED, TURN, LINEAR, LATENT, ATTEND, ROUTE, EXPERTS_UP, EXPERTS_DOWN, MANIFOLD_ENTER, FREE_ENTER, LEAVE, MEAN, NORM, MEMORY };
 enum { INDEX_SCORE = MEMORY + 1, INDEX_CHOOSE, INDEX_KEEP, ATTEND_CHOICE, WINDOW_TURN, WINDOW_KEEP, WINDOW_ATTEND, GROUPED };
+enum { JOIN = GROUPED + 1, SPREAD };
 enum { IS_NORMED = 1, ADDS = 2, GATES = 4, FROM_MEMORY = 8 }; /* flags of LINEAR */
 
 /* y [rows][outputs] = x W', or added to it; GATES: of twice as many outputs, y = silu(gate) * linear part. x NULL: the final
@@ -31,6 +33,7 @@ static void run_op(worker *w, const op *o) {
         manifold_enter_op, free_enter_op, leave_op,  mean_op,   norm_op,   memory_op,
         [INDEX_SCORE] = index_score_op, [INDEX_CHOOSE] = index_choose_op, [INDEX_KEEP] = index_keep_op, [ATTEND_CHOICE] = attend_choice_op,
         [WINDOW_TURN] = window_turn_op, [WINDOW_KEEP] = window_keep_op, [WINDOW_ATTEND] = window_attend_op, [GROUPED] = grouped_op,
+        [JOIN] = join_op, [SPREAD] = spread_op,
     };
     run[o->code](w, o);
 }
@@ -60,5 +63,31 @@ int decode_step(const sizes *s, const op *tape, long count, const call *c) {
 #else
     walk(s, tape, count, c, &here, 0, 1);
 #endif
+    return 0;
+}
+
+static int64_t best_id(const float *logits, long count) {
+    long best = 0;
+    for (long i = 1; i < count; i++)
+        if (logits[i] > logits[best]) best = i;
+    return best;
+}
+
+/* `steps` times a token of each text: what the logits like best -> picked [steps][batch], which the next step reads, one place on and
+   from the hidden state of this one in memory slot 0. Returns 0. */
+int decode_drafts(const sizes *s, const op *tape, long count, const call *c, long steps, int64_t *picked) {
+    call at = *c;
+    int64_t positions[MOST_ROWS];
+    const float *memory[1] = {c->memory[0]};
+    memcpy(positions, c->positions, c->batch * sizeof(int64_t));
+    at.positions = positions, at.memory = memory;
+    for (long step = 0; step < steps; step++, picked += c->batch) {
+        decode_step(s, tape, count, &at);
+        for (long b = 0; b < c->batch; b++) {
+            picked[b] = best_id(c->logits + b * tape[count - 1].outputs, tape[count - 1].outputs);
+            positions[b]++;
+        }
+        at.ids = picked, memory[0] = c->hidden, at.before++;
+    }
     return 0;
 }

@@ -53,22 +53,22 @@ INLINE void sum_four(const lanes *v, float *sums) {
 #endif
 }
 
-/* total[m]: w times x[m], not yet summed; a single row goes along four chains, so that none waits for its own last addition.
+/* total[m]: w times x[m], not yet summed; one row goes along four chains and two along two, so that none waits for its own last addition.
    w is fp32, or int8 if `bytes`. */
 INLINE void dots_of(const void *w, const float *const *x, long width, lanes *total, const int M, const int bytes) {
     const float *numbers = w;
     const int8_t *small = w;
-    const int chains = M == 1 ? 4 : 1;
+    const int chains = M > 2 ? 1 : BLOCK / M;
     lanes part[BLOCK];
     long d = 0;
 #pragma GCC unroll 4
-    for (int i = 0; i < BLOCK; i++) part[i] = splat(0);
+    for (int i = 0; i < chains * M; i++) part[i] = splat(0);
     for (; d + chains * LANES <= width; d += chains * LANES)
 #pragma GCC unroll 4
         for (int c = 0; c < chains; c++) {
             const lanes a = bytes ? widen_bytes(small + d + c * LANES) : hold(numbers + d + c * LANES);
 #pragma GCC unroll 4
-            for (int m = 0; m < M; m++) part[m + c] += a * load(x[m] + d + c * LANES);
+            for (int m = 0; m < M; m++) part[c * M + m] += a * load(x[m] + d + c * LANES);
         }
     for (; d + LANES <= width; d += LANES)
 #pragma GCC unroll 4
@@ -78,7 +78,8 @@ INLINE void dots_of(const void *w, const float *const *x, long width, lanes *tot
         for (int m = 0; m < M; m++)
             part[m] += (bytes ? part_of_bytes(small + d, width - d) : part_of(numbers + d, width - d)) * part_of(x[m] + d, width - d);
     if (M == 1) total[0] = (part[0] + part[1]) + (part[2] + part[3]);
-    else memcpy(total, part, M * sizeof(lanes));
+#pragma GCC unroll 4
+    for (int m = 0; m < M && M > 1; m++) total[m] = chains == 1 ? part[m] : part[m] + part[M + m];
 }
 
 INLINE void dots(const float *w, const float *const *x, long width, lanes *total, const int M) { dots_of(w, x, width, total, M, 0); }
@@ -91,27 +92,32 @@ INLINE float gated(float gate, float up, float limit) {
     return silu(gate) * up;
 }
 
-/* sums[m][i] = <row f + i of the weight, x[m]> */
-INLINE void dots_of_rows(const product *p, long f, long count, float sums[MOST_ROWS][CHUNK], const int bytes) {
-    const char *w = bytes ? (const char *)(p->bytes + f * p->stride) : (const char *)(p->weight + f * p->stride);
+/* sums[m][i] = <row i of w, x[m]> for the M rows from `first` on, which meet every row of w together. */
+INLINE void dots_together(const product *p, const char *w, long first, long count, float sums[MOST_ROWS][CHUNK], const int M, const int bytes) {
+    const int each = BLOCK / M; /* rows of w whose sums are formed together */
     const long row = p->stride * (bytes ? sizeof(int8_t) : sizeof(float));
     lanes total[BLOCK];
     float four[BLOCK];
+    total[BLOCK - 1] = splat(0); /* of three rows there is no fourth */
+    for (long i = 0; i < count; i += each) {
+#pragma GCC unroll 4
+        for (int r = 0; r < each; r++) dots_of(w + (i + r < count ? i + r : i) * row, p->x + first, p->width, total + r * M, M, bytes);
+        sum_four(total, four);
+#pragma GCC unroll 4
+        for (int r = 0; r < each; r++)
+            for (int b = 0; b < M; b++)
+                if (i + r < count) sums[first + b][i + r] = four[r * M + b];
+    }
+}
+
+/* sums[m][i] = <row f + i of the weight, x[m]> */
+INLINE void dots_of_rows(const product *p, long f, long count, float sums[MOST_ROWS][CHUNK], const int bytes) {
+    const char *w = bytes ? (const char *)(p->bytes + f * p->stride) : (const char *)(p->weight + f * p->stride);
     long m = 0;
-    for (; m + BLOCK <= p->count; m += BLOCK)
-        for (long i = 0; i < count; i++) {
-            dots_of(w + i * row, p->x + m, p->width, total, BLOCK, bytes);
-            sum_four(total, four);
-            for (int b = 0; b < BLOCK; b++) sums[m + b][i] = four[b];
-        }
-    for (; m < p->count; m++)
-        for (long i = 0; i < count; i += BLOCK) {
-            for (long b = 0; b < BLOCK; b++) {
-                total[b] = splat(0);
-                if (i + b < count) dots_of(w + (i + b) * row, p->x + m, p->width, total + b, 1, bytes);
-            }
-            sum_four(total, sums[m] + i);
-        }
+    for (; m + BLOCK <= p->count; m += BLOCK) dots_together(p, w, m, count, sums, BLOCK, bytes);
+    if (p->count - m == 3) dots_together(p, w, m, count, sums, 3, bytes);
+    else if (p->count - m == 2) dots_together(p, w, m, count, sums, 2, bytes);
+    else if (p->count - m == 1) dots_together(p, w, m, count, sums, 1, bytes);
     for (m = 0; bytes && m < p->count; m++)
         for (long i = 0; i < count; i++) sums[m][i] *= p->row_scale[f + i];
 }
