@@ -23,8 +23,8 @@ from byrote.kernels.decode_step.cpu import Code
 from byrote.model.mla import MLA
 from byrote.model.mtp import MTPModule, likely_ids
 from byrote.model.state import DecodeState
-from byrote.model.tape import _sizes as sizes_of
-from byrote.model.tape import _Writer as Writer
+from byrote.model.tape import Writer, scale_of, sizes_of
+from byrote.model.tape import Writer, scale_of, sizes_of
 from byrote.model.transformer import Model
 
 
