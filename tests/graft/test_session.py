@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from byrote.checkpoint.packs import open_pack
-from byrote.errors import CapacityError, ConfigError, DataError
+from byrote.errors import CapacityError, ConfigError, DataError, MemoryPackError
 from byrote.graft import prepare
 from byrote.graft.attach import attach, detach, grafts
 from byrote.graft.card import table
@@ -203,8 +203,13 @@ def test_what_cannot_be_grafted_is_said_before_anything_is_written(
         run(config_for(corpus, context=1024), trained_host, tmp_path / "b")
     with pytest.raises(DataError, match="does not exist"):
         run(config_for(corpus, text=("missing",)), trained_host, tmp_path / "c")
-    with pytest.raises(ConfigError, match="cannot be loaded"):
+    with pytest.raises(ConfigError, match="no-model is no folder"):
         load_host(str(tmp_path / "no-model"), device=torch.device("cpu"))
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_host(str(tmp_path), device=torch.device("cpu"))
+    with pytest.raises(MemoryPackError, match="missing"):
+        run(config_for(corpus, like=str(tmp_path / "missing")), trained_host, tmp_path / "d")
+    assert not work_folder(tmp_path / "d").exists()
     monkeypatch.setattr("byrote.device.disk_free", lambda path: 1000)
     with pytest.raises(CapacityError, match="the state of the training and the pack"):
         prepare.check_fits_machine(
