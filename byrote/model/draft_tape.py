@@ -24,7 +24,6 @@ from byrote.model.mla import MLA
 from byrote.model.mtp import MTPModule, likely_ids
 from byrote.model.state import DecodeState
 from byrote.model.tape import Writer, scale_of, sizes_of
-from byrote.model.tape import Writer, scale_of, sizes_of
 from byrote.model.transformer import Model
 
 
