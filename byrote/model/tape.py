@@ -40,7 +40,7 @@ _SHORT = {torch.float32: "fp32", torch.int8: "int8"}
 def write_tape(model: Model) -> "Tape":
     """The tape of a model as it stands. Raises ConfigError for what a tape cannot express."""
     _check(model)
-    writer = _Writer(model)
+    writer = Writer(model)
     writer.model()
     return Tape(model, writer)
 
@@ -87,7 +87,7 @@ def scale_of(layer: Linear | GroupedLinear, kind: type[Linear] | type[GroupedLin
     return None
 
 
-class _Writer:
+class Writer:
     """Collects operations and the tensors they point to."""
 
     def __init__(self, model: Model) -> None:
@@ -364,10 +364,10 @@ class _Writer:
 class Tape:
     """Operations, what they point to, and the call that runs them."""
 
-    def __init__(self, model: Model, writer: _Writer) -> None:
+    def __init__(self, model: Model, writer: Writer) -> None:
         self._config, self._held = model.config, writer
         self.active_numbers, self.active_bytes = writer.active_numbers, writer.active_bytes
-        self._sizes, self._sparse = _sizes(model.config, writer), writer.sparse
+        self._sizes, self._sparse = sizes_of(model.config, writer), writer.sparse
         self._ops = cpu.tape_of(writer.ops)
         self._own_numbers = cpu.own_numbers(writer.longest_row, model.config.moe.top_k if model.config.moe else 0)
         self._own = native.empty((0,), torch.float32)
@@ -413,7 +413,7 @@ class Tape:
         cpu.run(self._sizes, self._ops, call)
 
 
-def _sizes(c: ModelConfig, writer: _Writer) -> cpu.Sizes:
+def sizes_of(c: ModelConfig, writer: Writer) -> cpu.Sizes:
     m, e, r = c.moe, c.engram, c.residual
     sizes = cpu.Sizes(dim=c.dim, streams=r.streams, vocab=c.vocab_size, sinkhorn_iters=r.sinkhorn_iters, mix_eps=r.eps)
     for a in list(latents_of(c).values())[:1]:  # `_check` has seen that all are the same

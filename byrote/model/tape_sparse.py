@@ -26,7 +26,7 @@ from byrote.model.rope import amplitude, frequencies, softmax_factor
 from byrote.model.state import Entries, Tail, Track
 
 if TYPE_CHECKING:
-    from byrote.model.tape import _Writer
+    from byrote.model.tape import Writer
 
 _ALL = 1 << 62  # keys: as many as there are
 
@@ -38,7 +38,7 @@ def latents_of(c: ModelConfig) -> dict[int, MLAConfig]:
     return {layer: kind for layer, kind in kinds.items() if isinstance(kind, MLAConfig)}
 
 
-def size_latents(sizes: Sizes, a: MLAConfig, writer: "_Writer") -> None:
+def size_latents(sizes: Sizes, a: MLAConfig, writer: "Writer") -> None:
     """Latent attention, as C knows it."""
     frequencies_K = frequencies(a.qk_rope_head_dim, a.rope)
     sizes.heads, sizes.latent, sizes.rope = a.num_heads, a.kv_lora_rank, a.qk_rope_head_dim
@@ -99,13 +99,13 @@ def _extended(tail: Tail, tokens: int) -> Kept:
     return Kept(buffer.data_ptr() + start * buffer.stride(1) * buffer.element_size(), buffer.stride(0))
 
 
-def point(writer: "_Writer", code: Code, block: ctypes.Structure, *, at: int = 0, **more: Any) -> None:
+def point(writer: "Writer", code: Code, block: ctypes.Structure, *, at: int = 0, **more: Any) -> None:
     """Append an operation whose w[at] is a block's structure."""
     writer.op(code, **more)
     writer.ops[-1].w[at] = ctypes.addressof(block)
 
 
-def choosing(writer: "_Writer", block: Any, config: Any, inputs: Tensor) -> Choice:
+def choosing(writer: "Writer", block: Any, config: Any, inputs: Tensor) -> Choice:
     """Fill in the chooser of a block; `inputs` [M, J·I] are its queries."""
     choice = writer.once(("choice", type(config), config.index_top_k), lambda: Choice(config.index_top_k))
     c: Chooser = block.index
@@ -122,7 +122,7 @@ def choosing(writer: "_Writer", block: Any, config: Any, inputs: Tensor) -> Choi
 class SparseLatents:
     """One DSA block: its operations, and its caches before every call."""
 
-    def __init__(self, writer: "_Writer", layer: int, attn: DSA, x: Tensor, norm: RMSNorm) -> None:
+    def __init__(self, writer: "Writer", layer: int, attn: DSA, x: Tensor, norm: RMSNorm) -> None:
         writer.expect(attn.indexer, LatentIndexer)
         writer.expect(attn.indexer.k_norm, nn.LayerNorm)
         self._attn, c, indexer, self._block = attn, attn.config, attn.indexer, LatentIndex(hadamard=attn.config.index_hadamard)
@@ -159,7 +159,7 @@ class SparseLatents:
 class WindowBlock:
     """One block of V4's attention: its operations, and its caches before every call."""
 
-    def __init__(self, writer: "_Writer", attn: V4Attention, x: Tensor, norm: RMSNorm) -> None:
+    def __init__(self, writer: "Writer", attn: V4Attention, x: Tensor, norm: RMSNorm) -> None:
         c, self._attn, self._block = attn.config, attn, Window()
         self._choice: Choice | None = None
         self._counts: list[Tensor] = []  # what C reads in this call
@@ -184,7 +184,7 @@ class WindowBlock:
         point(writer, Code.WINDOW_ATTEND, self._block, y=heads)
         self._project(writer, heads)
 
-    def _describe(self, writer: "_Writer", query: Tensor) -> None:
+    def _describe(self, writer: "Writer", query: Tensor) -> None:
         c, attn, block = self._attn.config, self._attn, self._block
         block.heads, block.width, block.rope, block.window = c.num_heads, c.head_dim, c.rope_head_dim, c.sliding_window
         block.scale, block.eps, block.turn_scale = attn.scale, attn.eps, amplitude(attn.rope.yarn)
@@ -193,7 +193,7 @@ class WindowBlock:
         block.ratio, block.pools = c.ratio, len(self._compressors())
         block.overlaps = attn.compressor is not None and attn.compressor.overlaps
 
-    def _turn(self, writer: "_Writer") -> tuple[int, int]:
+    def _turn(self, writer: "Writer") -> tuple[int, int]:
         """Addresses of frequencies and, of every call, cosines and sines; made once for all blocks that turn alike."""
         rope, width = self._attn.rope, self._attn.config.rope_head_dim
         frequencies_K, table = frequencies(width, rope), torch.zeros(MOST_ROWS, width, dtype=torch.float32, device="cpu")
@@ -207,7 +207,7 @@ class WindowBlock:
         parts = {"compressor": attn.compressor, "indexer": None if attn.indexer is None else attn.indexer.compressor}
         return [(name, part) for name, part in parts.items() if part is not None]
 
-    def _compress(self, writer: "_Writer", number: int, part: Compressor, x: Tensor, norm: RMSNorm) -> None:
+    def _compress(self, writer: "Writer", number: int, part: Compressor, x: Tensor, norm: RMSNorm) -> None:
         writer.expect(part, Compressor)
         writer.expect(part.norm, RMSNorm)
         values, gates = (writer.buffer(f"{name} {number}", part.channels) for name in ("values", "gates"))
@@ -216,14 +216,14 @@ class WindowBlock:
         weights = (writer.weight(part.bias), writer.weight(part.norm.weight))
         self._block.pool[number] = Pool(part.width, part.channels, part.norm.eps, values.data_ptr(), gates.data_ptr(), *weights)
 
-    def _index(self, writer: "_Writer", indexer: EntryIndexer, x: Tensor, norm: RMSNorm) -> None:
+    def _index(self, writer: "Writer", indexer: EntryIndexer, x: Tensor, norm: RMSNorm) -> None:
         c = self._attn.config
         writer.expect(indexer, EntryIndexer)
         queries = writer.buffer("index queries", c.index_num_heads * c.index_head_dim)
         self._choice, self._block.index_queries = choosing(writer, self._block, c, queries), queries.data_ptr()
         writer.linear(x, indexer.weights, writer.buffer("index weights", c.index_num_heads), norm=norm, sync=False)
 
-    def _project(self, writer: "_Writer", heads: Tensor) -> None:
+    def _project(self, writer: "Writer", heads: Tensor) -> None:
         attn, c, (out, flags) = self._attn, self._attn.config, writer.result()
         writer.expect(attn.o_a, GroupedProjection)
         between = writer.buffer("grouped", c.o_groups * c.o_lora_rank)
