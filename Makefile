@@ -10,7 +10,7 @@ LINE_CEILING = 15000
 
 help:
 	@echo "make quickstart   set up, train a small model with every part in it on this machine (about 6 minutes), write a report"
-	@echo "make test         set up, run the whole test suite (about 6 minutes on 2 cores)"
+	@echo "make test         set up, run the whole test suite (about 4 minutes on 2 cores)"
 	@echo
 	@echo "make setup        only make $(VENV) and install what constraints.txt pins"
 	@echo "make check        formatting, lint, types, import directions, line count"
@@ -29,7 +29,7 @@ quickstart: setup
 	@$(BIN)/byrote quickstart
 
 test: setup
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 torture: setup
 	@$(BIN)/python -m pytest -m torture

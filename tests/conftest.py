@@ -4,6 +4,8 @@ import os
 import random
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg")  # read when the libraries are imported
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # teams of several processes on the same cores wait for each other
 
 import numpy as np
 import pytest

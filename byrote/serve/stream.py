@@ -206,6 +206,6 @@ class Gates:
 
 
 def server_sent(data: Mapping[str, Any] | str) -> bytes:
-    """One server-sent event."""
-    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
+    """One server-sent event, in ASCII: there are clients that break lines at U+2028, U+0085 and the like too."""
+    text = data if isinstance(data, str) else json.dumps(data)
     return f"data: {text}\n\n".encode()

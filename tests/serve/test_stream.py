@@ -108,10 +108,10 @@ def test_a_character_that_is_never_completed_still_has_its_gate() -> None:
 
 
 def test_a_server_sent_event_is_one_line_whatever_the_text() -> None:
-    sent = server_sent({"text": "a\n\ndata: b\r\u2028"})
-    assert sent.endswith(b"\n\n")
-    assert b"\n" not in sent[:-2]
-    assert json.loads(sent[len(b"data: ") :]) == {"text": "a\n\ndata: b\r\u2028"}
+    text = "a\n\ndata: b\r\x0b\x1c\x85\u2028\u2029é"
+    sent = server_sent({"text": text})
+    assert sent.decode().splitlines() == [sent[:-2].decode(), ""]
+    assert json.loads(sent[len(b"data: ") :]) == {"text": text}
 
 
 def test_an_id_beyond_the_vocabulary_has_no_text(tokenizer) -> None:
