@@ -180,8 +180,8 @@ def _finite(logprob: float) -> float:
 
 
 class Gates:
-    """How strongly memory spoke at each token (byrote's own field `gates`). Tokens that end inside a character are joined with those
-    that complete it, under the mean of their gates."""
+    """How strongly memory spoke at each token (byrote's own field `gates`). A character that several tokens share stands under the mean
+    of their gates; text comes out as soon as it is certain, together with the answer's own."""
 
     def __init__(self, tokenizer: HasBytes) -> None:
         self._tokenizer, self._decoder = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
@@ -193,15 +193,20 @@ class Gates:
         for token in tokens:
             self._text += self._decoder.decode(self._tokenizer.token_bytes(token["id"]))
             self._gates += [] if token["gate"] is None else [token["gate"]]
-            if not self._decoder.getstate()[0]:
+            if self._text or not self._is_inside():
                 shown.append(self._take())
-        if last and (self._decoder.getstate()[0] or self._text):
-            self._text += self._decoder.decode(b"", final=True)
+        if last and self._is_inside():
+            self._text = self._decoder.decode(b"", final=True)
             shown.append(self._take())
         return shown
 
+    def _is_inside(self) -> bool:
+        """Whether the last token ended inside a character."""
+        return bool(self._decoder.getstate()[0])
+
     def _take(self) -> dict[str, Any]:
-        text, gates, self._text, self._gates = self._text, self._gates, "", []
+        text, gates = self._text, self._gates
+        self._text, self._gates = "", gates[-1:] if self._is_inside() else []
         return {"token": text, "gate": sum(gates) / len(gates) if gates else None}
 
 

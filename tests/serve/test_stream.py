@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from byrote.engine.request import TextStream
 from byrote.serve.stream import ChatChoice, TextChoice, Thinking, server_sent, text_logprobs, usage_fields
 
 
@@ -105,6 +106,14 @@ def test_a_character_that_is_never_completed_still_has_its_gate() -> None:
     choice = TextChoice(0, Letters(), logprobs=False, gates=True)
     shown = choice.chunk(event(finish="length", tokens=(token(97, gate=0.5), token(0xC3, gate=0.25))))["gates"]
     assert shown == [{"token": "a", "gate": 0.5}, {"token": "\ufffd", "gate": 0.25}]
+
+
+def test_bytes_that_are_no_text_come_with_their_gates_as_they_come_in_the_text() -> None:
+    choice, stream = TextChoice(0, Letters(), logprobs=False, gates=True), TextStream(Letters())
+    for byte, gate in ((0x6E, 0.5), (0xC3, 0.1), (0xC3, 0.2), (0xE2, 0.3), (0x82, 0.4), (0x48, 0.8)):
+        shown = choice.chunk(event(tokens=(token(byte, gate=gate),)))["gates"]
+        assert "".join(one["token"] for one in shown) == stream.push(byte)
+    assert [one["gate"] for one in choice.whole()["gates"]] == pytest.approx([0.5, 0.15, 0.25, (0.3 + 0.4 + 0.8) / 3])
 
 
 def test_a_server_sent_event_is_one_line_whatever_the_text() -> None:
