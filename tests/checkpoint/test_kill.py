@@ -5,14 +5,11 @@ number into every weight and row, so that a mixture of two checkpoints would sho
 """
 
 import itertools
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +20,7 @@ from byrote.checkpoint.local import TrainingState, load, load_training, save
 from byrote.checkpoint.runs import prune, step_folder
 from byrote.model.config import EngramConfig, MLAConfig, ModelConfig, ResidualConfig
 from byrote.model.transformer import Model
+from tests.killing import Program, kill_at_call, program_of, serve
 
 ROOT = Path(__file__).parents[2]
 CALLS = ("fsync", "rename", "mkdir", "rmdir", "unlink")  # and so before and after each file was written
@@ -73,73 +71,28 @@ def found(path: Path) -> int:
 # --- the program that is killed ---------------------------------------------------------------------------------------
 
 
-def kill_at_call(last: int) -> None:
-    """This process kills itself in place of its `last`-th call that changes the file system."""
-    count = itertools.count(1)
-
-    def deadly(call: Callable) -> Callable:
-        def wrapped(*args, **kwargs):
-            if next(count) == last:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return call(*args, **kwargs)
-
-        return wrapped
-
-    for name in CALLS:
-        setattr(os, name, deadly(getattr(os, name)))
-
-
-def saver(folder: Path, first: int, last_call: int) -> None:
+def saver(folder: Path, first: int, last_call: int = 0) -> None:
     """Saves step after step; with `last_call`, one model only, up to that call."""
     if last_call:
         model, training = numbered(first)
-        kill_at_call(last_call)
+        kill_at_call(last_call, CALLS)
         save(model, folder / "model", training=training)
     else:
         for number in itertools.count(first):
             save_step(folder, number)
 
 
-def main() -> None:
-    """For every line [folder, first, last_call]: fork a saver, print its process id, then the signal it ended by, or 0."""
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            folder, first, last_call = json.loads(line)
-            saver(Path(folder), first, last_call)
-            os._exit(0)
-        print(pid, flush=True)
-        print(os.WTERMSIG(os.waitpid(pid, 0)[1]), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve(saver)
 
 
 # --- the tests --------------------------------------------------------------------------------------------------------
 
 
-class Program:
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-
-    def start(self, folder: Path, first: int, last_call: int = 0) -> int:
-        """The id of a new saver's process."""
-        print(json.dumps([str(folder), first, last_call]), file=self.process.stdin, flush=True)
-        return int(self.process.stdout.readline())
-
-    def signal(self) -> int:
-        """What ended it."""
-        return int(self.process.stdout.readline())
-
-
 @pytest.fixture(scope="module")
 def program() -> Iterator[Program]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        yield Program(process)
-        process.stdin.close()
+    with program_of(__file__) as running:
+        yield running
 
 
 def leftovers(folder: Path) -> list[Path]:

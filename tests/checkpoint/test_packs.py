@@ -6,12 +6,9 @@ and row, so that a mixture of two packs would show.
 
 import errno
 import itertools
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -36,6 +33,7 @@ from byrote.errors import CapacityError, MemoryPackError
 from byrote.model.config import EngramConfig
 from byrote.model.pack import Pack, PackFacts, attach, base_fingerprint, detach, new_pack
 from byrote.model.transformer import Model
+from tests.killing import Program, kill_at_call, program_of, serve
 from tests.model.tiny_models import ENGRAM, VOCAB, build, text, whole
 from tests.tolerances import assert_bitwise
 
@@ -75,64 +73,24 @@ def leftovers(folder: Path) -> list[str]:
 # --- the program that is killed ---------------------------------------------------------------------------------------
 
 
-def kill_at_call(last: int) -> None:
-    """This process kills itself in place of its `last`-th call that changes the file system."""
-    count = itertools.count(1)
-
-    def deadly(call: Callable) -> Callable:
-        def wrapped(*args, **kwargs):
-            if next(count) == last:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return call(*args, **kwargs)
-
-        return wrapped
-
-    for name in CALLS:
-        setattr(os, name, deadly(getattr(os, name)))
-
-
-def main() -> None:
-    """For every line [folder, first, last_call]: fork a writer, print its process id, then the signal it ended by, or 0."""
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            folder, first, last_call = json.loads(line)
-            if last_call:
-                kill_at_call(last_call)
-                write(Path(folder), first)
-            else:
-                for number in itertools.count(first):
-                    write(Path(folder), number)
-            os._exit(0)
-        print(pid, flush=True)
-        print(os.WTERMSIG(os.waitpid(pid, 0)[1]), flush=True)
+def writer(folder: Path, first: int, last_call: int = 0) -> None:
+    """Writes pack after pack; with `last_call`, one only, up to that call."""
+    if last_call:
+        kill_at_call(last_call, CALLS)
+        write(folder, first)
+    else:
+        for number in itertools.count(first):
+            write(folder, number)
 
 
 if __name__ == "__main__":
-    main()
-
-
-class Program:
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-
-    def start(self, folder: Path, first: int, last_call: int = 0) -> int:
-        """The id of a new writer's process."""
-        print(json.dumps([str(folder), first, last_call]), file=self.process.stdin, flush=True)
-        return int(self.process.stdout.readline())
-
-    def signal(self) -> int:
-        """What ended it."""
-        return int(self.process.stdout.readline())
+    serve(writer)
 
 
 @pytest.fixture(scope="module")
 def program() -> Iterator[Program]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        yield Program(process)
-        process.stdin.close()
+    with program_of(__file__) as running:
+        yield running
 
 
 def kill_writers(program: Program, folder: Path, kills: int, seed: int) -> None:

@@ -11,8 +11,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -27,6 +25,7 @@ from byrote.memory import disk
 from byrote.memory.disk import DiskTable
 from byrote.memory.table import DeviceTable, Slab
 from byrote.memory.table_folder import TABLE, checksum
+from tests.killing import Program, kill_at_call, program_of, serve
 
 ROOT = Path(__file__).parents[2]
 CALLS = ("open", "pwrite", "fsync", "replace", "unlink", "link", "mkdir")
@@ -80,40 +79,15 @@ def no_fsync(handle: int) -> None:
     """What a process wrote survives it without; only a machine that stops needs more, and none does here. It is called all the same."""
 
 
-def kill_at_call(last: int) -> None:
-    """This process kills itself in place of its `last`-th call that changes a file."""
-    count = itertools.count(1)
-
-    def deadly(call: Callable) -> Callable:
-        def wrapped(*arguments, **named):
-            if next(count) == last:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return call(*arguments, **named)
-
-        return wrapped
-
-    for name in CALLS:
-        setattr(os, name, deadly(getattr(os, name)))
-
-
-def main() -> None:
-    """For every line [folder, first, last, call]: fork a writer, print its process id, then the signal it ended by, or 0."""
-    torch.set_num_threads(1)
-    disk._LEAST_SEGMENT, os.fsync = SEGMENT_BYTES, no_fsync
-    for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            folder, first, last, call = json.loads(line)
-            if call:
-                kill_at_call(call)
-            grown(Path(folder), first, last)
-            os._exit(0)
-        print(pid, flush=True)
-        print(os.WTERMSIG(os.waitpid(pid, 0)[1]), flush=True)
+def writer(folder: Path, first: int, last: int, call: int = 0) -> None:
+    if call:
+        kill_at_call(call, CALLS)
+    grown(folder, first, last)
 
 
 if __name__ == "__main__":
-    main()
+    disk._LEAST_SEGMENT, os.fsync = SEGMENT_BYTES, no_fsync
+    serve(writer)
 
 
 # --- what it is -------------------------------------------------------------------------------------------------------
@@ -372,26 +346,10 @@ def test_writes_that_come_in_pieces_are_completed(tmp_path, monkeypatch):
     assert found(tmp_path / "table") == 3
 
 
-class Program:
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-
-    def start(self, folder: Path, first: int, last: int, call: int = 0) -> int:
-        """The id of a new writer's process."""
-        print(json.dumps([str(folder), first, last, call]), file=self.process.stdin, flush=True)
-        return int(self.process.stdout.readline())
-
-    def signal(self) -> int:
-        """What ended it."""
-        return int(self.process.stdout.readline())
-
-
 @pytest.fixture(scope="module")
 def program() -> Iterator[Program]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        yield Program(process)
-        process.stdin.close()
+    with program_of(__file__) as running:
+        yield running
 
 
 def kill_at_random(program: Program, folder: Path, times: int) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
 
-from tests.parity.v3_models import YARN
+from tests.parity.v3_models import SIZES, YARN
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "groups": {},
@@ -25,30 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def tiny_v32(seed: int = 0, *, std: float = 0.3, **changes: Any) -> DeepseekV32ForCausalLM:
     """Weights far from their small initial values, so that every part has a say in the logits."""
-    sizes = {
-        "vocab_size": 53,
-        "hidden_size": 20,
-        "intermediate_size": 11,
-        "moe_intermediate_size": 6,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-        "num_key_value_heads": 3,
-        "n_shared_experts": 2,
-        "n_routed_experts": 6,
-        "num_experts_per_tok": 2,
-        "n_group": 2,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "q_lora_rank": 9,
-        "kv_lora_rank": 7,
-        "qk_nope_head_dim": 5,
-        "qk_rope_head_dim": 6,
-        "v_head_dim": 3,
-        "index_n_heads": 16,
-        "index_head_dim": 11,
-        "index_topk": 7,
-        "max_position_embeddings": 64,
-    }
+    sizes = SIZES | {"index_n_heads": 16, "index_head_dim": 11, "index_topk": 7}
     config = DeepseekV32Config(**(sizes | changes), experts_implementation="eager", attn_implementation="eager")
     torch.manual_seed(seed)
     model = DeepseekV32ForCausalLM(config).eval()

@@ -30,29 +30,31 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 53,
+    "hidden_size": 20,
+    "intermediate_size": 11,
+    "moe_intermediate_size": 6,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "n_shared_experts": 2,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 9,
+    "kv_lora_rank": 7,
+    "qk_nope_head_dim": 5,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 3,
+    "max_position_embeddings": 64,
+}
+
+
 def tiny_v3_config(**changes: Any) -> DeepseekV3Config:
-    sizes = {
-        "vocab_size": 53,
-        "hidden_size": 20,
-        "intermediate_size": 11,
-        "moe_intermediate_size": 6,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-        "num_key_value_heads": 3,
-        "n_shared_experts": 2,
-        "n_routed_experts": 6,
-        "num_experts_per_tok": 2,
-        "n_group": 2,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "q_lora_rank": 9,
-        "kv_lora_rank": 7,
-        "qk_nope_head_dim": 5,
-        "qk_rope_head_dim": 6,
-        "v_head_dim": 3,
-        "max_position_embeddings": 64,
-    }
-    return DeepseekV3Config(**(sizes | changes), experts_implementation="eager")  # its grouped product refuses odd widths
+    return DeepseekV3Config(**(SIZES | changes), experts_implementation="eager")  # its grouped product refuses odd widths
 
 
 def tiny_v3(seed: int = 0, **changes: Any) -> DeepseekV3ForCausalLM:
