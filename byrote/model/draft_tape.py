@@ -23,7 +23,8 @@ from byrote.kernels.decode_step.cpu import Code
 from byrote.model.mla import MLA
 from byrote.model.mtp import MTPModule, likely_ids
 from byrote.model.state import DecodeState
-from byrote.model.tape import Writer, scale_of, sizes_of
+from byrote.model.tape import sizes_of
+from byrote.model.tape_writer import Writer, scale_of
 from byrote.model.transformer import Model
 
 

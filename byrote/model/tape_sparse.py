@@ -26,7 +26,7 @@ from byrote.model.rope import amplitude, frequencies, softmax_factor
 from byrote.model.state import Entries, Tail, Track
 
 if TYPE_CHECKING:
-    from byrote.model.tape import Writer
+    from byrote.model.tape_writer import Writer
 
 _ALL = 1 << 62  # keys: as many as there are
 
