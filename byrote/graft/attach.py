@@ -58,7 +58,6 @@ class Graft:
         self._turn: _Turn | None = None
         self._given: Rows | None = None
         self._gates: list[Tensor] | None = None
-        self._silent = False
         self._reach = max(0, pack.config.conv_kernel - 1) * pack.config.dilation
         self._handles = [host.decoder.register_forward_pre_hook(self._before, with_kwargs=True)]
         self._handles += [host.decoder.register_forward_hook(self._after, always_call=True)]
@@ -81,15 +80,6 @@ class Graft:
             yield
         finally:
             self._given = None
-
-    @contextlib.contextmanager
-    def silenced(self) -> Iterator[None]:
-        """Inside, all rows read as zero."""
-        self._silent = True
-        try:
-            yield
-        finally:
-            self._silent = False
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[list[Tensor]]:
@@ -123,8 +113,6 @@ class Graft:
         document_BT = chunk_documents(call.get("attention_mask"), call.get("position_ids"), ids_BT, history)
         document_BT = None if document_BT is None else document_BT.to(ids_BT.device)
         rows = memory.fetch(ids_BT, document_BT, history) if self._given is None else self._given
-        if self._silent:
-            rows = rows._replace(vectors_UE=torch.zeros_like(rows.vectors_UE))
         self._turn = _Turn(rows, document_BT, history, None if history is None else history.borders(self._reach))
         if history is not None and document_BT is not None:
             history.append(memory.canonical(ids_BT), document_BT)

@@ -39,7 +39,6 @@ class ServeConfig:
     open_to_all: bool = False  # bind elsewhere than to this machine although there is no key
     drain_s: float = 30.0  # how long requests under way may go on after SIGTERM
     restarts: int = 3  # deaths of the engine's process within ten minutes that are made good; one more ends the server
-    log_text: bool = False  # write prompts and answers to the log
     limits: Limits = field(default_factory=Limits)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
